@@ -1,0 +1,240 @@
+"""Run folders and the command line's manners, shared by the three scripts.
+
+A run folder is claimed once, described by `args.json`, logged as JSON lines and never half-written: every file is
+written under a temporary name beside its place and then renamed. A user's mistake is a `UserError`: one line on
+standard error, exit code 2, no traceback.
+"""
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parent.parent          # the repository, wherever the script is started from
+DOWNLOADS = ROOT / "data" / "downloads"                # default of --data-dir and --weights-dir; ignored by git
+
+
+class UserError(Exception):
+    """A mistake the user can mend. The message says what was wrong, which file or flag, and what to do."""
+
+
+def run_main(main):
+    """Call `main()`; a UserError ends in one line and exit code 2, Ctrl-C in exit code 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def positive_int(text):
+    """argparse type: an integer of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    return value
+
+
+def non_negative_int(text):
+    """argparse type: an integer of at least 0."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative")
+    return value
+
+
+def finite_float(text, low=float("-inf"), high=float("inf")):
+    """A finite float within [low, high], for argparse types made with `functools.partial` or as it is."""
+    value = float(text)
+    if not (low <= value <= high) or value in (float("inf"), float("-inf")):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
+    return value
+
+
+def non_negative_float(text):
+    """argparse type: a finite number of at least 0."""
+    return finite_float(text, low=0.0)
+
+
+def fraction(text):
+    """argparse type: a number from 0 to 1."""
+    return finite_float(text, low=0.0, high=1.0)
+
+
+def pick_device(name):
+    """`auto` is the GPU if there is one, else the CPU. Raises UserError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
+    return device
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: complete or absent
+
+
+def write_atomically(path, write):
+    """`write(temporary_path)`, flush to disk, rename to `path`. A reader sees the old file or the new one, whole."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --out") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+
+
+def save_tensors(path, value):
+    """`torch.save` of tensors and plain values, so that `weights_only=True` can read it back."""
+    write_atomically(path, lambda temporary: torch.save(value, temporary))
+
+
+def load_tensors(path, device="cpu"):
+    """`torch.load(weights_only=True)`, memory-mapped if the format allows. UserError if missing, damaged or unsafe."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        try:
+            return torch.load(path, map_location=device, weights_only=True, mmap=True)
+        except RuntimeError as error:                  # files older than torch 1.6 are not zip archives
+            if "mmap" not in str(error):
+                raise
+            return torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:                         # damaged files raise nearly anything
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path}: not a readable weights file, damaged or of a foreign kind ({reason[:160]})") from None
+
+
+def save_png(path, image):
+    """`image`: uint8 tensor (3, H, W)."""
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
+
+
+def tile_sheet(images, column_titles=(), row_titles=(), scale=3, gap=2):
+    """A labelled contact sheet.
+
+    images: (rows, columns, 1 or 3, H, W) in [0, 1]. Titles are drawn above the columns and left of the rows.
+    Returns a uint8 tensor (3, height, width).
+    """
+    rows, columns, _, height, width = images.shape
+    images = images.expand(rows, columns, 3, height, width).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
+    images = images.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
+    height, width = height * scale + gap, width * scale + gap
+    left, top = (8 + 7 * max(map(len, row_titles)) if row_titles else gap), (16 if column_titles else gap)
+    sheet = torch.full((3, top + rows * height, left + columns * width), 255, dtype=torch.uint8)
+    for row in range(rows):
+        for column in range(columns):
+            y, x = top + row * height, left + column * width
+            sheet[:, y:y + height - gap, x:x + width - gap] = images[row, column]
+    picture = Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
+    draw = ImageDraw.Draw(picture)
+    for column, title in enumerate(column_titles):
+        draw.text((left + column * width + width // 2, top // 2), title, fill="black", anchor="mm")
+    for row, title in enumerate(row_titles):
+        draw.text((left - 5, top + row * height + height // 2), title, fill="black", anchor="rm")
+    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*sheet.shape[1:], 3).permute(2, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run folders
+
+
+def claim_folder(out, resuming, marker):
+    """Make the run folder `out`. An existing folder is taken only if it is empty, or holds `marker` and is resumed."""
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: a file of that name exists; choose another folder")
+    occupied = out.is_dir() and any(out.iterdir())
+    if occupied and not (resuming and (out / marker).is_file()):
+        hint = "" if resuming else ", or continue it with --resume"
+        raise UserError(f"--out {out}: the folder holds another run or other files; choose another folder{hint}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot make the folder ({error.strerror})") from None
+    return out
+
+
+def describe_run(out, script, args):
+    """Write `args.json` (arguments, versions, device, git revision) and a copy of the script into the run folder."""
+    revision = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    facts = {"script": Path(script).name, "args": plain(args), "revision": revision.stdout.strip() or None,
+             "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
+             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"}
+    write_json(out / "args.json", facts)
+    write_atomically(out / Path(script).name, lambda temporary: temporary.write_bytes(Path(script).read_bytes()))
+
+
+def plain(args):
+    """Arguments as JSON can hold them."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+
+
+class Log:
+    """JSON lines in `path`, and a progress line on the screen (one that renews itself on a terminal).
+
+    On resuming at `step`, lines of later steps are dropped: they will be written again.
+    """
+
+    def __init__(self, path, step=0):
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= step]
+        write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+        self.file = open(path, "a", buffering=1)
+        self.start, self.first, self.live = time.time(), step, sys.stdout.isatty()
+
+    def write(self, **values):
+        self.file.write(json.dumps(values) + "\n")
+
+    def progress(self, step, last, values):
+        """Print step, rate, time left and `values` (name -> number)."""
+        rate = (step - self.first) / max(time.time() - self.start, 1e-9)
+        left = (last - step) / max(rate, 1e-9)
+        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        line = f"{step}/{last}  {rate:.1f} steps/s  {int(left) // 60}:{int(left) % 60:02d} left  {text}"
+        print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live and step < last else "\n", flush=True)
+
+
+class StopSignal:
+    """Truthy once SIGTERM or Ctrl-C has come: finish the step, save, leave. A second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.received = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, frame):
+        if self.received:
+            raise KeyboardInterrupt
+        self.received = True
+
+    def __bool__(self):
+        return self.received

@@ -1,0 +1,491 @@
+"""Train a Counterfactual Generative Network (Sauer & Geiger, ICLR 2021, section 3).
+
+Three independent mechanisms, shape mask, foreground texture and background, are composed by
+x = mask * foreground + (1 - mask) * background, and trained without supervision of any of them.
+
+    python train_cgn.py --dataset colored_mnist --offline --out runs/first     # nothing to download
+    python train_cgn.py --dataset wildlife_mnist --textures dtd --out runs/wildlife
+    python train_cgn.py --dataset colored_mnist --out runs/colored --resume    # go on after an interruption
+
+The run folder gets args.json, log.jsonl, samples/*.png, checkpoint.pt (everything, to resume) and weights.pt (the
+generator alone, for generate.py).
+"""
+import argparse
+import contextlib
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from data.mnist import SIZE, VARIANTS, load_variant, to_float
+from data.runs import (DOWNLOADS, Log, StopSignal, UserError, claim_folder, describe_run, finite_float, load_tensors,
+                       non_negative_float, non_negative_int, pick_device, plain, positive_int, fraction, run_main,
+                       save_png, save_tensors, tile_sheet)
+from data.weights import check_state_dict, load_vgg16_features, random_vgg16_features
+from kernels import composite_losses, style_loss
+
+# The published settings, except for what the README lists as different. A flag given on the command line wins.
+PRESETS = {
+    "colored_mnist": dict(discriminator="linear", ndf=512, init="orthogonal", init_gain=0.1,
+                          binary_weight=0.1, style_weights=[0.05, 0.1, 0.01, 0.0]),
+    "double_colored_mnist": dict(discriminator="linear", ndf=512, init="orthogonal", init_gain=0.2,
+                                 binary_weight=0.3, style_weights=[0.0, 0.05, 0.0, 0.05]),
+    "wildlife_mnist": dict(discriminator="conv", ndf=32, init="normal", init_gain=0.03,
+                           binary_weight=0.3, style_weights=[0.01, 0.05, 0.0, 0.01]),
+}
+CLASSES = 10
+LATENT = 32                                                # numbers in z, for each mechanism
+EMBEDDING = 10                                             # numbers in a class's embedding
+STYLE_CONVOLUTIONS = (2, 4, 7, 10)                         # relu1_2, relu2_2, relu3_3, relu4_3: VGG-16's n-th layers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+class UpsampleConv2d(nn.Conv2d):
+    """Nearest-neighbour upsampling by 2 and a 3 x 3 convolution (padding 1) in one, on the small image.
+
+    Each output pixel sees only 2 x 2 different inputs, so a transposed 4 x 4 convolution with summed taps gives the same
+    with 4/9 of the products, and the upsampled image is never written.
+    """
+
+    def forward(self, x):
+        kernel = F.avg_pool2d(F.pad(self.weight.flip(2, 3), [1] * 4), 2, 1, divisor_override=1)
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2, padding=1)
+
+
+# Both mechanisms keep the numbering of the published state dicts, where the upsampling is a layer of its own.
+
+
+def texture_mechanism(ngf):
+    """z and class -> texture in [-1, 1]: (N, 42) -> (N, 3, 32, 32)."""
+    return nn.Sequential(
+        nn.Linear(LATENT + EMBEDDING, 2 * ngf * 8 * 8), nn.Unflatten(1, (2 * ngf, 8, 8)),
+        nn.Identity(), UpsampleConv2d(2 * ngf, 2 * ngf, 3, padding=1, bias=False),                   # 16 x 16
+        nn.BatchNorm2d(2 * ngf), nn.LeakyReLU(0.2),
+        nn.Identity(), UpsampleConv2d(2 * ngf, ngf, 3, padding=1, bias=False),                       # 32 x 32
+        nn.BatchNorm2d(ngf), nn.LeakyReLU(0.2),
+        nn.Conv2d(ngf, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh())
+
+
+def shape_mechanism(ngf):
+    """z and class -> mask before clamping: (N, 42) -> (N, 1, 32, 32), mean 0 and variance 1 per image."""
+    return nn.Sequential(
+        nn.Linear(LATENT + EMBEDDING, 2 * ngf * 8 * 8), nn.Unflatten(1, (2 * ngf, 8, 8)), nn.InstanceNorm2d(2 * ngf),
+        nn.Identity(), UpsampleConv2d(2 * ngf, ngf, 3, padding=1, bias=False),                       # 16 x 16
+        nn.BatchNorm2d(ngf), nn.LeakyReLU(0.2), nn.InstanceNorm2d(ngf),
+        nn.Identity(), UpsampleConv2d(ngf, 1, 3, padding=1, bias=False),                             # 32 x 32
+        nn.BatchNorm2d(1), nn.LeakyReLU(0.2), nn.InstanceNorm2d(1))
+
+
+class MnistCGN(nn.Module):
+    """The three mechanisms at 32 x 32. Keys and shapes are those of the published state dicts."""
+
+    def __init__(self, ngf=32, init="orthogonal", init_gain=0.1):
+        super().__init__()
+        self.label_emb = nn.Embedding(CLASSES, EMBEDDING)
+        self.f_shape = shape_mechanism(ngf)
+        self.f_text1 = texture_mechanism(ngf)              # foreground
+        self.f_text2 = texture_mechanism(ngf)              # background
+        initialize(self, init, init_gain)
+
+    def inputs(self, z, y):
+        """z: (N, 32); y: classes (N,), or rows of the embedding (N, 10) to go between classes. Returns (N, 42)."""
+        return torch.cat([z, y if y.is_floating_point() else self.label_emb(y)], 1)
+
+    def mask(self, z, y):
+        """(N, 1, 32, 32) in [0.0001, 0.9999]."""
+        # No sigmoid, as published: the last InstanceNorm spreads the mask, and the clamp cuts it.
+        return self.f_shape(self.inputs(z, y)).float().clamp(1e-4, 1 - 1e-4)
+
+    def foreground(self, z, y):
+        """(N, 3, 32, 32) in [-1, 1], before shuffling."""
+        return self.f_text1(self.inputs(z, y)).float()
+
+    def background(self, z, y):
+        """(N, 3, 32, 32) in [-1, 1], before shuffling."""
+        return self.f_text2(self.inputs(z, y)).float()
+
+    def forward(self, z, y):
+        """Mask, foreground and background of one latent and one class, as in training."""
+        return self.mask(z, y), self.foreground(z, y), self.background(z, y)
+
+
+def shuffle_patches(texture, offsets):
+    """Move each texture (N, C, H, W) round by its offsets (N, 2), what leaves on one side enters on the other.
+
+    It is a window of the texture tiled 2 x 2, so that no shape can hide in it (appendix B).
+    """
+    n, channels, height, width = texture.shape
+    steps = torch.arange(height, device=texture.device)
+    rows = (steps + offsets[:, :1]) % height                                                         # (N, H)
+    columns = (steps + offsets[:, 1:]) % width                                                       # (N, W)
+    texture = texture.gather(2, rows[:, None, :, None].expand(texture.shape))
+    return texture.gather(3, columns[:, None, None, :].expand(texture.shape))
+
+
+class LinearDiscriminator(nn.Module):
+    """Image and class -> realness, (N, 1)."""
+
+    def __init__(self, ndf):
+        super().__init__()
+        self.label_embedding = nn.Embedding(CLASSES, EMBEDDING)
+        self.model = nn.Sequential(
+            nn.Linear(3 * SIZE * SIZE + EMBEDDING, ndf), nn.LeakyReLU(0.2),
+            nn.Linear(ndf, ndf), nn.Dropout(0.4), nn.LeakyReLU(0.2),
+            nn.Linear(ndf, ndf), nn.Dropout(0.4), nn.LeakyReLU(0.2), nn.Linear(ndf, 1))
+
+    def forward(self, x, y):
+        return self.model(torch.cat([x.flatten(1), self.label_embedding(y)], 1))
+
+
+class ConvDiscriminator(nn.Module):
+    """Image and class -> realness, (N, 1). The class enters as a fourth channel of one value."""
+
+    def __init__(self, ndf):
+        super().__init__()
+        self.label_embedding = nn.Embedding(CLASSES, 1)
+        widths = [(4, ndf, 3, 1), (ndf, 2 * ndf, 3, 1), (2 * ndf, 4 * ndf, 4, 2), (4 * ndf, 4 * ndf, 4, 2)]
+        layers = []
+        for inputs, outputs, kernel, stride in widths:
+            layers += [nn.Conv2d(inputs, outputs, kernel, stride, bias=False), nn.BatchNorm2d(outputs),
+                       nn.LeakyReLU(0.2)]                                                            # 30, 28, 13, 5
+        self.model = nn.Sequential(*layers, nn.AvgPool2d(3), nn.Conv2d(4 * ndf, 1, 1, bias=False))
+        initialize(self, "normal", 0.02)
+
+    def forward(self, x, y):
+        classes = self.label_embedding(y)[:, :, None, None].expand(-1, 1, SIZE, SIZE)
+        return self.model(torch.cat([x, classes], 1)).flatten(1)
+
+
+def initialize(network, init, gain):
+    """Weights of convolutions and linear layers by `init`, BatchNorm weights N(1, gain), biases 0."""
+    draw = {"normal": lambda w: nn.init.normal_(w, 0.0, gain), "xavier": lambda w: nn.init.xavier_normal_(w, gain),
+            "kaiming": nn.init.kaiming_normal_, "orthogonal": lambda w: nn.init.orthogonal_(w, gain)}[init]
+    for module in network.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            draw(module.weight)
+        elif isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.weight, 1.0, gain)
+        if getattr(module, "bias", None) is not None:
+            nn.init.zeros_(module.bias)
+
+
+class VGG16Features(nn.Module):
+    """Frozen VGG-16 from a `features.*` state dict, only as deep as the state dict goes."""
+
+    def __init__(self, state):
+        super().__init__()
+        weights = [value for key, value in state.items() if key.endswith("weight")]
+        self.convolutions = nn.ModuleList(nn.Conv2d(w.shape[1], w.shape[0], 3, padding=1) for w in weights)
+        for convolution, (weight, bias) in zip(self.convolutions, zip(*[iter(state.values())] * 2)):
+            convolution.weight.data, convolution.bias.data = weight, bias
+        self.requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def forward(self, image):
+        """image: (N, 3, H, W) in [-1, 1], as it is. Returns the features before each max-pool, in the weights' dtype."""
+        x, features = image.to(self.convolutions[0].weight.dtype, memory_format=torch.channels_last), []
+        for number, convolution in enumerate(self.convolutions, 1):
+            x = F.relu_(convolution(x))
+            if number in STYLE_CONVOLUTIONS:
+                features.append(x)
+                x = F.max_pool2d(x, 2) if number < len(self.convolutions) else x
+        return features
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def perceptual_loss(vgg, image, target, weights):
+    """Style loss of image against target, (N, 3, H, W) in [-1, 1]: sum over layers of 5000 w^2 mean|G - G_target|."""
+    with torch.no_grad():
+        target_features = vgg(target)
+    layers = zip(vgg(image), target_features, weights)
+    return sum(5000 * w ** 2 * style_loss(features, target) for features, target, w in layers if w)
+
+
+def border_loss(mask, width=3):
+    """Mean mask in the outer `width` pixels.
+
+    Not in the paper: its losses leave open which of the two textures is the foreground, and masks of some classes end
+    inverted. Objects seldom fill the border, and that settles it.
+    """
+    inner = mask[..., width:-width, width:-width]
+    return (mask.sum() - inner.sum()) / (mask.numel() - inner.numel())
+
+
+def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen):
+    """Weighted losses by name, the composite, and the mean mask value."""
+    mask, foreground, background = mechanisms
+    composed = composite_losses(mask, foreground, background)
+    realness = discriminator(composed.composite, y_gen)
+    losses = {"adversarial": F.mse_loss(realness, torch.ones_like(realness)),
+              "binary": args.binary_weight * composed.binary}
+    if vgg is not None:
+        losses["style"] = perceptual_loss(vgg, composed.composite, x_gt, args.style_weights)
+    if args.border_weight:
+        losses["border"] = args.border_weight * border_loss(mask)
+    return losses, composed.composite, composed.mask_mean.mean()
+
+
+def discriminator_loss(discriminator, x_gt, y_gt, x_gen, y_gen):
+    """Least squares (Mao et al. 2017): real images to 1, generated ones to 0."""
+    real, fake = discriminator(x_gt, y_gt), discriminator(x_gen, y_gen)
+    return (F.mse_loss(real, torch.ones_like(real)) + F.mse_loss(fake, torch.zeros_like(fake))) / 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Weights, averages, samples
+
+
+def load_generator(path, *, raw=False):
+    """A generator from our weights.pt or checkpoint, or a published state dict: (MnistCGN in eval mode, arguments).
+
+    raw: the trained weights themselves instead of their moving average. Arguments are {} for a published file.
+    Raises UserError for a file that is missing, damaged or of another network.
+    """
+    content = load_tensors(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}, not the weights of a generator")
+    state = content.get("generator" if raw else "average", content)
+    cgn = MnistCGN()
+    cgn.load_state_dict(check_state_dict(state, cgn.state_dict(), path))
+    args = content.get("args", {})
+    return cgn.eval(), args if isinstance(args, dict) else {}
+
+
+@torch.no_grad()
+def update_average(average, network, decay):
+    """Exponential moving average of all weights and BatchNorm statistics."""
+    pairs = [(a, b) for a, b in zip(average.state_dict().values(), network.state_dict().values())
+             if a.is_floating_point()]
+    torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
+
+
+@torch.no_grad()
+def sample_sheet(cgn):
+    """Rows are classes; for two latents: mask, foreground, background, composite, and a counterfactual."""
+    device = next(cgn.parameters()).device
+    generator = torch.Generator().manual_seed(0)           # the same latents every time, so that sheets compare
+    y = torch.arange(CLASSES)
+    columns = []
+    for shift in (3, 7):                                   # any other class for the counterfactual's textures
+        z = torch.randn(CLASSES, LATENT, generator=generator).to(device)
+        offsets = torch.randint(SIZE, (2, CLASSES, 2), generator=generator).to(device)
+        mask, foreground, background = cgn(z, y.to(device))
+        foreground, background = (shuffle_patches(t, o) for t, o in zip((foreground, background), offsets))
+        factual = torch.lerp(background, foreground, mask)
+        counterfactual = torch.lerp(background.roll(2 * shift, 0), foreground.roll(shift, 0), mask)
+        columns += [mask.expand(-1, 3, -1, -1) * 2 - 1, foreground, background, factual, counterfactual]
+    titles = ["mask", "foreground", "background", "composite", "counterfact."] * 2
+    return tile_sheet(torch.stack(columns, 1) / 2 + 0.5, titles, [str(c) for c in range(CLASSES)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def step_seed(seed, step):
+    """Each step seeds its own random numbers, so that a resumed run draws what an uninterrupted one draws."""
+    return (seed * 1_000_003 + step * 7_919 + 17) % 2 ** 32
+
+
+def epoch_order(count, seed, epoch, device):
+    """The permutation of the training images in this epoch."""
+    generator = torch.Generator().manual_seed(step_seed(seed, epoch) ^ 0x5eed)
+    return torch.randperm(count, generator=generator).to(device)
+
+
+def use_bf16(amp, device):
+    """`auto` means bf16 where the hardware multiplies it: most GPUs, and CPUs with AVX-512 BF16 or AMX."""
+    if amp != "auto":
+        return amp == "bf16"
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+
+def load_vgg(args, device, bf16):
+    """The frozen VGG-16 down to the last layer that has a weight; None if none has."""
+    depth = max([n for n, w in zip(STYLE_CONVOLUTIONS, args.style_weights) if w], default=0)
+    if not depth:
+        return None
+    state = random_vgg16_features(depth) if args.offline else load_vgg16_features(args.weights_dir, depth)
+    return VGG16Features(state).to(device, torch.bfloat16 if bf16 else torch.float32)
+
+
+def save(out, step, args, cgn, average, discriminator, optimizers):
+    """checkpoint.pt holds all that training needs to go on; weights.pt the generator alone, and its average."""
+    generator = {"generator": cgn.state_dict(), "average": average.state_dict(), "args": plain(args), "step": step}
+    save_tensors(out / "weights.pt", generator)
+    save_tensors(out / "checkpoint.pt", generator | {"discriminator": discriminator.state_dict(),
+                                                     "optimizers": [o.state_dict() for o in optimizers]})
+    sheet = sample_sheet(average.eval())
+    save_png(out / "sheet.png", sheet)
+
+
+def restore(path, args, cgn, average, discriminator, optimizers):
+    """Load a checkpoint into everything and return its step. UserError if it belongs to other settings."""
+    content = load_tensors(path)
+    parts = {"generator": cgn, "average": average, "discriminator": discriminator}
+    if not isinstance(content, dict) or not parts.keys() | {"optimizers", "step", "args"} <= content.keys():
+        raise UserError(f"--resume {path}: not a checkpoint of train_cgn.py")
+    free = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "out", "resume", "device", "weights",
+            "data_dir", "weights_dir"}
+    for name, value in plain(args).items():
+        if name not in free and content["args"].get(name) != value:
+            raise UserError(f"--resume {path}: was trained with {name} = {content['args'].get(name)}, not {value}; "
+                            "give the same flags, or start a new run with another --out")
+    for name, network in parts.items():
+        network.load_state_dict(check_state_dict(content[name], network.state_dict(), path))
+    for optimizer, state in zip(optimizers, content["optimizers"]):
+        optimizer.load_state_dict(state)
+    return content["step"]
+
+
+def train(args, out, device):
+    bf16 = use_bf16(args.amp, device)
+    torch.manual_seed(args.seed)
+    data, _ = load_variant(args.dataset, args.data_dir, textures=args.textures, offline=args.offline, seed=args.seed,
+                           device=device)
+    vgg = load_vgg(args, device, bf16)
+    cgn = load_generator(args.weights)[0].train() if args.weights else MnistCGN(32, args.init, args.init_gain)
+    average = MnistCGN().requires_grad_(False)
+    average.load_state_dict(cgn.state_dict())
+    cgn, average = cgn.to(device), average.to(device)
+    discriminator = {"linear": LinearDiscriminator, "conv": ConvDiscriminator}[args.discriminator](args.ndf).to(device)
+    networks = cgn, average, discriminator
+    optimizers = [torch.optim.Adam(network.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
+                  for network in (cgn, discriminator)]
+
+    checkpoint = out / "checkpoint.pt" if args.resume == "auto" else args.resume
+    start = restore(Path(checkpoint), args, *networks, optimizers) if checkpoint and Path(checkpoint).exists() else 0
+    per_epoch = len(data) // args.batch_size
+    if not per_epoch:
+        raise UserError(f"--batch-size {args.batch_size}: larger than the {len(data)} training images")
+    last = args.max_steps or args.epochs * per_epoch
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
+    log, stop, totals = Log(out / "log.jsonl", start), StopSignal(), None
+    print(f"{args.dataset}: {len(data)} images on {device}, {'bf16' if bf16 else 'float32'}, steps {start} to {last}")
+
+    for step in range(start, last):
+        if step == start or step % per_epoch == 0:
+            order = epoch_order(len(data), args.seed, step // per_epoch, device)
+        torch.manual_seed(step_seed(args.seed, step))
+        index = order[step % per_epoch * args.batch_size:][:args.batch_size]
+        x_gt, y_gt = to_float(data.images(index, None)), data.labels[index]
+        y_gen = torch.randint(CLASSES, (args.batch_size,), device=device)
+        z = torch.randn(args.batch_size, LATENT, device=device)
+        offsets = torch.randint(SIZE, (2, args.batch_size, 2), device=device)
+
+        discriminator.requires_grad_(False)
+        with autocast():
+            mask, *textures = cgn(z, y_gen)
+        textures = [shuffle_patches(texture, offset) for texture, offset in zip(textures, offsets)]
+        losses, x_gen, mask_mean = generator_losses(args, vgg, discriminator, (mask, *textures), x_gt, y_gen)
+        optimizers[0].zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        optimizers[0].step()
+        update_average(average, cgn, min(args.ema, (1 + step) / (10 + step)))
+
+        discriminator.requires_grad_(True)
+        losses["discriminator"] = discriminator_loss(discriminator, x_gt, y_gt, x_gen.detach(), y_gen)
+        optimizers[1].zero_grad(set_to_none=True)
+        losses["discriminator"].backward()
+        optimizers[1].step()
+
+        values = torch.stack([*losses.values(), mask_mean]).detach()
+        totals, count = (values, 1) if totals is None else (totals + values, count + 1)
+        done = step + 1
+        if done % args.log_every == 0 or done == last:
+            means = dict(zip([*losses, "mask"], (totals / count).tolist()))
+            log.write(step=done, **means)
+            log.progress(done, last, means)
+            totals = None
+        if args.sample_every and (done % args.sample_every == 0 or done == last):
+            (out / "samples").mkdir(exist_ok=True)
+            save_png(out / "samples" / f"{done:07d}.png", sample_sheet(average.eval()))
+        if done % args.save_every == 0 or done == last or stop:
+            save(out, done, args, *networks, optimizers)
+        if stop and done < last:
+            print(f"\nstopped after step {done}; go on with the same command and --resume")
+            return
+    print(f"{out / 'sheet.png'} shows what the mechanisms make; next: python generate.py --weights {out / 'weights.pt'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset", required=True, choices=[*VARIANTS, "imagenet"], help="sets the defaults below too")
+    data.add_argument("--data-dir", type=Path, default=DOWNLOADS, help="folder with MNIST's files; fetched if missing")
+    data.add_argument("--weights-dir", type=Path, default=DOWNLOADS, help="folder with VGG-16; fetched if missing")
+    data.add_argument("--textures", help="wildlife: folder with object/ and background/, 10 images each, or 'dtd' to "
+                      "fetch the published photographs; ours are drawn if not given")
+    data.add_argument("--offline", action="store_true", help="synthetic digits and a random-feature VGG: no number "
+                      "from such a run says anything about MNIST")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--weights", type=Path, help="start from these generator weights (ours or the published ones)")
+    model.add_argument("--discriminator", choices=["linear", "conv"], default="linear", help="form of the discriminator")
+    model.add_argument("--ndf", type=positive_int, default=512, help="width of the discriminator")
+    model.add_argument("--init", choices=["orthogonal", "normal", "xavier", "kaiming"], default="orthogonal",
+                       help="how the generator's weights are drawn")
+    model.add_argument("--init-gain", type=non_negative_float, default=0.1, help="scale of --init")
+
+    loss = parser.add_argument_group("losses (0 leaves one out)")
+    loss.add_argument("--binary-weight", type=non_negative_float, default=0.1, help="mask entropy, in bits")
+    loss.add_argument("--style-weights", type=non_negative_float, nargs=4, default=[0.05, 0.1, 0.01, 0.0],
+                      metavar="W", help="style loss at relu1_2, relu2_2, relu3_3, relu4_3 of VGG-16")
+    loss.add_argument("--border-weight", type=non_negative_float, default=5.0,
+                      help="mean mask in the outer 3 pixels; 0 gives the published losses")
+
+    steps = parser.add_argument_group("optimisation")
+    steps.add_argument("--epochs", type=positive_int, default=15, help="passes over the training images")
+    steps.add_argument("--max-steps", type=positive_int, help="stop at this step, whatever --epochs says")
+    steps.add_argument("--batch-size", type=positive_int, default=16, help="images per step")
+    steps.add_argument("--lr", type=non_negative_float, default=2e-4, help="Adam's learning rate, both networks")
+    steps.add_argument("--ema", type=fraction, default=0.999, help="decay of the generator's moving average")
+    steps.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto",
+                       help="bf16 arithmetic; auto: where the hardware multiplies it")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, required=True, help="run folder; new, empty, or continued with --resume")
+    run.add_argument("--resume", nargs="?", const="auto", metavar="FILE",
+                     help="continue from OUT/checkpoint.pt if it is there, or from FILE")
+    run.add_argument("--seed", type=non_negative_int, default=0, help="same seed, same device: same run")
+    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
+    run.add_argument("--log-every", type=positive_int, default=100, help="steps between lines of the log")
+    run.add_argument("--sample-every", type=non_negative_int, default=1000, help="steps between sheets; 0: none")
+    run.add_argument("--save-every", type=positive_int, default=1000, help="steps between checkpoints")
+
+    parser.set_defaults(**PRESETS.get(parse_dataset(argv), {}))
+    return parser.parse_args(argv)
+
+
+def parse_dataset(argv):
+    """The value of --dataset alone, which settles the other defaults."""
+    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    parser.add_argument("--dataset", nargs="?")
+    return parser.parse_known_args(argv)[0].dataset
+
+
+def main():
+    args = parse_args()
+    if args.dataset == "imagenet":
+        raise UserError("--dataset imagenet: not yet; this version trains " + ", ".join(VARIANTS))
+    device = pick_device(args.device)
+    out = claim_folder(args.out, args.resume, "checkpoint.pt")
+    if args.offline:
+        print("OFFLINE: synthetic digits, drawn textures, random-feature VGG. No number of this run is about MNIST.")
+    describe_run(out, __file__, args)
+    train(args, out, device)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -21,6 +21,7 @@ from train_cgn import CLASSES, LATENT, load_generator, sample_sheet, shuffle_pat
 
 CHUNK = 10_000                                             # images in a file
 BLOCK = 1_000                                              # random numbers are drawn for so many images at a time
+SLICE = 200                                                # latents that a network sees at a time
 SHAPE, TEXTURE, BACKGROUND = range(3)                      # mechanisms, each with a stream of random numbers
 
 
@@ -47,20 +48,31 @@ def draw(seed, stream, start, stop):
 # Data sets
 
 
+def make(mechanism, seed, stream, start, stop, device):
+    """Outputs, classes and offsets of numbers start..stop-1 of a stream.
+
+    The network always sees whole slices of SLICE latents that begin at multiples of SLICE: kernels round differently
+    for other batch sizes, and some pixel would tip over to the next of its 256 values.
+    """
+    first, last = start // SLICE * SLICE, -(-stop // SLICE) * SLICE
+    z, y, offsets = draw(seed, stream, first, last)
+    outputs = [mechanism(*part) for part in zip(z.to(device).split(SLICE), y.to(device).split(SLICE))]
+    return [x[start - first:stop - first] for x in (torch.cat(outputs), y, offsets)]
+
+
 @torch.inference_mode()
 def generate_batch(cgn, args, start, stop, device):
     """Images start..stop-1 of the data set: uint8 (n, 3, 32, 32), labels uint8 (n, 3), both on the CPU."""
     shape_of = torch.arange(start, stop) // args.per_shape                                # each mask serves per_shape
     first = start // args.per_shape
-    z, y, _ = draw(args.seed, SHAPE, first, (stop - 1) // args.per_shape + 1)
-    mask = cgn.mask(z.to(device), y.to(device))[(shape_of - first).to(device)]
-    classes, textures = [y[shape_of - first]], []
+    mask, y, _ = make(cgn.mask, args.seed, SHAPE, first, (stop - 1) // args.per_shape + 1, device)
+    mask, classes, textures = mask[(shape_of - first).to(device)], [y[shape_of - first]], []
     for stream, mechanism in ((TEXTURE, cgn.foreground), (BACKGROUND, cgn.background)):
-        z_texture, y_texture, offsets = draw(args.seed, stream, start, stop)
-        if args.factual:                                   # as in training: one latent and one class for all three
-            z_texture, y_texture = z, y
-        textures.append(shuffle_patches(mechanism(z_texture.to(device), y_texture.to(device)), offsets.to(device)))
-        classes.append(y_texture)
+        offsets = draw(args.seed, stream, start, stop)[2]
+        # Factual images are as in training: one latent and one class for all three mechanisms.
+        texture, y, _ = make(mechanism, args.seed, SHAPE if args.factual else stream, start, stop, device)
+        textures.append(shuffle_patches(texture, offsets.to(device)))
+        classes.append(y)
     images = torch.lerp(textures[1], textures[0], mask).add_(1).mul_(127.5).round_().to(torch.uint8)
     return images.cpu(), torch.stack(classes, 1).to(torch.uint8)
 
@@ -124,8 +136,8 @@ def interpolation_sheet(cgn, mechanisms, seed, device, steps=11):
     for position in torch.linspace(0, 1, steps, device=device):
         between = torch.lerp(start, end, position)
         mask, foreground, background = (
-            make(z, between if mechanism in mechanisms else start)
-            for mechanism, make in enumerate((cgn.mask, cgn.foreground, cgn.background)))
+            draw_one(z, between if mechanism in mechanisms else start)
+            for mechanism, draw_one in enumerate((cgn.mask, cgn.foreground, cgn.background)))
         columns.append(torch.lerp(shuffle_patches(background, offsets), shuffle_patches(foreground, offsets), mask))
     rows = [f"{c} to {(c + 1) % CLASSES}" for c in range(CLASSES)]
     return tile_sheet(torch.stack(columns, 1) / 2 + 0.5, [], rows)
@@ -180,7 +192,7 @@ def main():
     args.offline = bool(args.offline or trained.get("offline"))
     if args.offline:
         print("OFFLINE weights: trained on synthetic digits. No number from these images is about MNIST.")
-    out = claim_folder(args.out, args.resume, "args.json")
+    out = claim_folder(args.out, __file__, args.resume)
     describe_run(out, __file__, args)
     cgn = cgn.to(device)
     (write_sheets if args.sheet else generate_dataset)(cgn, args, out, device)

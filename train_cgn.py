@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from data.mnist import SIZE, VARIANTS, load_variant, to_float
 from data.runs import (DOWNLOADS, Log, StopSignal, UserError, claim_folder, describe_run, finite_float, load_tensors,
-                       non_negative_float, non_negative_int, pick_device, plain, positive_int, fraction, run_main,
+                       non_negative_float, non_negative_int, pick_bf16, pick_device, plain, positive_int, fraction, run_main,
                        save_png, save_tensors, tile_sheet)
 from data.weights import check_state_dict, load_vgg16_features, random_vgg16_features
 from kernels import composite_losses, style_loss
@@ -28,7 +28,7 @@ from kernels import composite_losses, style_loss
 # The published settings, except for what the README lists as different. A flag given on the command line wins.
 PRESETS = {
     "colored_mnist": dict(discriminator="linear", ndf=512, init="orthogonal", init_gain=0.1,
-                          binary_weight=0.1, style_weights=[0.05, 0.1, 0.01, 0.0]),
+                          binary_weight=0.1, style_weights=[0.05, 0.1, 0.0, 0.0]),
     "double_colored_mnist": dict(discriminator="linear", ndf=512, init="orthogonal", init_gain=0.2,
                                  binary_weight=0.3, style_weights=[0.0, 0.05, 0.0, 0.05]),
     "wildlife_mnist": dict(discriminator="conv", ndf=32, init="normal", init_gain=0.03,
@@ -207,33 +207,55 @@ def perceptual_loss(vgg, image, target, weights):
     return sum(5000 * w ** 2 * style_loss(features, target) for features, target, w in layers if w)
 
 
-def border_loss(mask, width=3):
-    """Mean mask in the outer `width` pixels.
+# Not in the paper. Its losses leave open which of the two textures is the foreground, and masks of some classes end
+# inverted. Objects seldom touch the border, and the two losses below settle it with that.
 
-    Not in the paper: its losses leave open which of the two textures is the foreground, and masks of some classes end
-    inverted. Objects seldom fill the border, and that settles it.
+
+def frame_pixels(image, width=3):
+    """The outer `width` pixels of (N, C, H, W): (N, C, number of pixels)."""
+    sides = image[..., width:-width, :width], image[..., width:-width, -width:]
+    return torch.cat([part.flatten(2) for part in (image[..., :width, :], image[..., -width:, :], *sides)], 2)
+
+
+def border_loss(mask):
+    """Mean mask value in the frame: objects do not reach it."""
+    return frame_pixels(mask).mean()
+
+
+def frame_loss(background, x_gt):
+    """The frame of a real image shows its background: mean and spread of each colour channel should agree.
+
+    background, x_gt: (N, 3, H, W). Per image: of one class if --labels is batch. Squared, because BatchNorm keeps the
+    variance over a batch: an absolute difference is smallest with nine classes right and the tenth far off.
     """
-    inner = mask[..., width:-width, width:-width]
-    return (mask.sum() - inner.sum()) / (mask.numel() - inner.numel())
+    real, fake = frame_pixels(x_gt), background.flatten(2)
+    spread = [(pixels.var(2) + 1e-4).sqrt() for pixels in (real, fake)]    # a flat background has a gradient, too
+    return (real.mean(2) - fake.mean(2)).square().mean() + (spread[0] - spread[1]).square().mean()
 
 
-def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen):
-    """Weighted losses by name, the composite, and the mean mask value."""
+def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, warmup):
+    """Weighted losses by name, the composite, and the mean mask value. In warm-up, only what settles the background."""
     mask, foreground, background = mechanisms
-    composed = composite_losses(mask, foreground, background)
-    realness = discriminator(composed.composite, y_gen)
-    losses = {"adversarial": F.mse_loss(realness, torch.ones_like(realness)),
-              "binary": args.binary_weight * composed.binary}
-    if vgg is not None:
+    composed, losses = composite_losses(mask, foreground, background), {}
+    if not warmup:
+        realness = discriminator(composed.composite, y_gen)
+        losses["adversarial"] = F.mse_loss(realness, torch.ones_like(realness))
+        losses["binary"] = args.binary_weight * composed.binary
+    if vgg is not None and not warmup:
         losses["style"] = perceptual_loss(vgg, composed.composite, x_gt, args.style_weights)
     if args.border_weight:
         losses["border"] = args.border_weight * border_loss(mask)
+    if args.frame_weight:
+        losses["frame"] = args.frame_weight * frame_loss(background, x_gt)
     return losses, composed.composite, composed.mask_mean.mean()
 
 
 def discriminator_loss(discriminator, x_gt, y_gt, x_gen, y_gen):
     """Least squares (Mao et al. 2017): real images to 1, generated ones to 0."""
-    real, fake = discriminator(x_gt, y_gt), discriminator(x_gen, y_gen)
+    if isinstance(discriminator, LinearDiscriminator):     # no batch statistics: one pass gives the same, for half
+        real, fake = discriminator(torch.cat([x_gt, x_gen]), torch.cat([y_gt, y_gen])).chunk(2)
+    else:
+        real, fake = discriminator(x_gt, y_gt), discriminator(x_gen, y_gen)
     return (F.mse_loss(real, torch.ones_like(real)) + F.mse_loss(fake, torch.zeros_like(fake))) / 2
 
 
@@ -299,13 +321,6 @@ def epoch_order(count, seed, epoch, device):
     return torch.randperm(count, generator=generator).to(device)
 
 
-def use_bf16(amp, device):
-    """`auto` means bf16 where the hardware multiplies it: most GPUs, and CPUs with AVX-512 BF16 or AMX."""
-    if amp != "auto":
-        return amp == "bf16"
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
-
-
 def load_vgg(args, device, bf16):
     """The frozen VGG-16 down to the last layer that has a weight; None if none has."""
     depth = max([n for n, w in zip(STYLE_CONVOLUTIONS, args.style_weights) if w], default=0)
@@ -313,6 +328,17 @@ def load_vgg(args, device, bf16):
         return None
     state = random_vgg16_features(depth) if args.offline else load_vgg16_features(args.weights_dir, depth)
     return VGG16Features(state).to(device, torch.bfloat16 if bf16 else torch.float32)
+
+
+def generator_groups(cgn, args):
+    """Parameter groups for Adam: BatchNorm's weights and biases apart, with their own learning rate.
+
+    A texture's colour is the tanh of a BatchNorm's output, and black is a bias near -2: at 2e-4 a step, 10,000 steps
+    away.
+    """
+    norms = [p for module in cgn.modules() if isinstance(module, nn.BatchNorm2d) for p in module.parameters()]
+    others = [p for p in cgn.parameters() if not any(p is norm for norm in norms)]
+    return [{"params": others, "lr": args.lr}, {"params": norms, "lr": args.norm_lr}]
 
 
 def save(out, step, args, cgn, average, discriminator, optimizers):
@@ -345,7 +371,7 @@ def restore(path, args, cgn, average, discriminator, optimizers):
 
 
 def train(args, out, device):
-    bf16 = use_bf16(args.amp, device)
+    bf16 = pick_bf16(args.amp, device)
     torch.manual_seed(args.seed)
     data, _ = load_variant(args.dataset, args.data_dir, textures=args.textures, offline=args.offline, seed=args.seed,
                            device=device)
@@ -356,17 +382,19 @@ def train(args, out, device):
     cgn, average = cgn.to(device), average.to(device)
     discriminator = {"linear": LinearDiscriminator, "conv": ConvDiscriminator}[args.discriminator](args.ndf).to(device)
     networks = cgn, average, discriminator
-    optimizers = [torch.optim.Adam(network.parameters(), lr=args.lr, betas=(0.5, 0.999), fused=True)
-                  for network in (cgn, discriminator)]
+    optimizers = [torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True) for groups in (
+        generator_groups(cgn, args), [{"params": list(discriminator.parameters()), "lr": args.lr}])]
 
-    checkpoint = out / "checkpoint.pt" if args.resume == "auto" else args.resume
-    start = restore(Path(checkpoint), args, *networks, optimizers) if checkpoint and Path(checkpoint).exists() else 0
+    start, checkpoint = 0, out / "checkpoint.pt" if args.resume == "auto" else args.resume
+    if args.resume and (args.resume != "auto" or checkpoint.exists()):      # nothing saved yet: start from the beginning
+        start = restore(Path(checkpoint), args, *networks, optimizers)
     per_epoch = len(data) // args.batch_size
     if not per_epoch:
         raise UserError(f"--batch-size {args.batch_size}: larger than the {len(data)} training images")
     last = args.max_steps or args.epochs * per_epoch
     autocast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
-    log, stop, totals = Log(out / "log.jsonl", start), StopSignal(), None
+    describe_run(out, __file__, args)
+    log, stop, totals = Log(out / "log.jsonl", start), StopSignal(), {}
     print(f"{args.dataset}: {len(data)} images on {device}, {'bf16' if bf16 else 'float32'}, steps {start} to {last}")
 
     for step in range(start, last):
@@ -375,34 +403,38 @@ def train(args, out, device):
         torch.manual_seed(step_seed(args.seed, step))
         index = order[step % per_epoch * args.batch_size:][:args.batch_size]
         x_gt, y_gt = to_float(data.images(index, None)), data.labels[index]
-        y_gen = torch.randint(CLASSES, (args.batch_size,), device=device)
+        y_gen = y_gt if args.labels == "batch" else torch.randint(CLASSES, (args.batch_size,), device=device)
         z = torch.randn(args.batch_size, LATENT, device=device)
         offsets = torch.randint(SIZE, (2, args.batch_size, 2), device=device)
 
+        warmup = step < args.warmup
+        optimizers[0].param_groups[0]["lr"] = 0.0 if warmup else args.lr
         discriminator.requires_grad_(False)
         with autocast():
             mask, *textures = cgn(z, y_gen)
         textures = [shuffle_patches(texture, offset) for texture, offset in zip(textures, offsets)]
-        losses, x_gen, mask_mean = generator_losses(args, vgg, discriminator, (mask, *textures), x_gt, y_gen)
+        losses, x_gen, mask_mean = generator_losses(args, vgg, discriminator, (mask, *textures), x_gt, y_gen,
+                                                     warmup)
         optimizers[0].zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         optimizers[0].step()
         update_average(average, cgn, min(args.ema, (1 + step) / (10 + step)))
 
-        discriminator.requires_grad_(True)
-        losses["discriminator"] = discriminator_loss(discriminator, x_gt, y_gt, x_gen.detach(), y_gen)
-        optimizers[1].zero_grad(set_to_none=True)
-        losses["discriminator"].backward()
-        optimizers[1].step()
+        if not warmup:
+            discriminator.requires_grad_(True)
+            losses["discriminator"] = discriminator_loss(discriminator, x_gt, y_gt, x_gen.detach(), y_gen)
+            optimizers[1].zero_grad(set_to_none=True)
+            losses["discriminator"].backward()
+            optimizers[1].step()
 
-        values = torch.stack([*losses.values(), mask_mean]).detach()
-        totals, count = (values, 1) if totals is None else (totals + values, count + 1)
+        for name, value in (losses | {"mask": mask_mean}).items():
+            totals.setdefault(name, []).append(value.detach())
         done = step + 1
         if done % args.log_every == 0 or done == last:
-            means = dict(zip([*losses, "mask"], (totals / count).tolist()))
+            means = {name: torch.stack(values).mean().item() for name, values in totals.items()}
             log.write(step=done, **means)
             log.progress(done, last, means)
-            totals = None
+            totals = {}
         if args.sample_every and (done % args.sample_every == 0 or done == last):
             (out / "samples").mkdir(exist_ok=True)
             save_png(out / "samples" / f"{done:07d}.png", sample_sheet(average.eval()))
@@ -440,16 +472,25 @@ def parse_args(argv=None):
 
     loss = parser.add_argument_group("losses (0 leaves one out)")
     loss.add_argument("--binary-weight", type=non_negative_float, default=0.1, help="mask entropy, in bits")
-    loss.add_argument("--style-weights", type=non_negative_float, nargs=4, default=[0.05, 0.1, 0.01, 0.0],
+    loss.add_argument("--style-weights", type=non_negative_float, nargs=4, default=[0.05, 0.1, 0.0, 0.0],
                       metavar="W", help="style loss at relu1_2, relu2_2, relu3_3, relu4_3 of VGG-16")
     loss.add_argument("--border-weight", type=non_negative_float, default=5.0,
-                      help="mean mask in the outer 3 pixels; 0 gives the published losses")
+                      help="mean mask in the outer 3 pixels; 0 as published")
+    loss.add_argument("--frame-weight", type=non_negative_float, default=10.0,
+                      help="colours of the background against those in the real image's outer 3 pixels; 0 as published")
+
+    loss.add_argument("--warmup", type=non_negative_int, default=1000, help="first steps, in which the two losses above "
+                      "alone act, on BatchNorm weights and biases: they settle the background first; 0 as published")
+    loss.add_argument("--labels", choices=["batch", "uniform"], default="batch", help="classes to generate: those of "
+                      "the real batch, so that the style loss compares images of one class; or any, as published")
 
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--epochs", type=positive_int, default=15, help="passes over the training images")
     steps.add_argument("--max-steps", type=positive_int, help="stop at this step, whatever --epochs says")
     steps.add_argument("--batch-size", type=positive_int, default=16, help="images per step")
     steps.add_argument("--lr", type=non_negative_float, default=2e-4, help="Adam's learning rate, both networks")
+    steps.add_argument("--norm-lr", type=non_negative_float, default=2e-3,
+                       help="of the generator's BatchNorm weights and biases; 2e-4 as published")
     steps.add_argument("--ema", type=fraction, default=0.999, help="decay of the generator's moving average")
     steps.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto",
                        help="bf16 arithmetic; auto: where the hardware multiplies it")
@@ -477,13 +518,14 @@ def parse_dataset(argv):
 
 def main():
     args = parse_args()
+    if args.warmup and not (args.border_weight and args.frame_weight):
+        args.warmup = 0                                    # nothing to warm up with
     if args.dataset == "imagenet":
         raise UserError("--dataset imagenet: not yet; this version trains " + ", ".join(VARIANTS))
     device = pick_device(args.device)
-    out = claim_folder(args.out, args.resume, "checkpoint.pt")
+    out = claim_folder(args.out, __file__, args.resume)
     if args.offline:
         print("OFFLINE: synthetic digits, drawn textures, random-feature VGG. No number of this run is about MNIST.")
-    describe_run(out, __file__, args)
     train(args, out, device)
 
 

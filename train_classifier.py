@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from data.mnist import VARIANTS, load_variant, to_float
 from data.runs import (DOWNLOADS, Log, UserError, claim_folder, describe_run, load_tensors, non_negative_float,
-                       non_negative_int, pick_device, positive_int, run_main, save_tensors, write_json)
+                       non_negative_int, pick_bf16, pick_device, positive_int, run_main, save_tensors, write_json)
 from data.weights import check_state_dict
 
 
@@ -92,13 +92,14 @@ def accuracy(classifier, images, labels):
     return 100 * correct.item() / len(labels)
 
 
-def train_epoch(classifier, optimizer, images, labels, order, batch_size):
+def train_epoch(classifier, optimizer, images, labels, order, args):
     """One pass in the given order. Returns mean loss and accuracy in percent, while training."""
     classifier.train()
     loss_sum = correct = torch.zeros((), device=labels.device)
-    for index in order.split(batch_size):
-        x, y = to_float(images.index_select(0, index)), labels[index]
-        log_probabilities = classifier(x)
+    for index in order.split(args.batch_size):
+        x, y = to_float(images.index_select(0, index)).contiguous(memory_format=torch.channels_last), labels[index]
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
+            log_probabilities = classifier(x).float()
         loss = F.nll_loss(log_probabilities, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -116,7 +117,7 @@ def train_classifier(args, seed, out, data, tests, device):
     classifier = MnistClassifier()
     if args.weights:
         load_classifier(classifier, args.weights)
-    classifier.to(device)
+    classifier.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adadelta(classifier.parameters(), lr=args.lr)
     first, best, numbers = 0, -1.0, {}
     if args.resume and (out / "checkpoint.pt").is_file():
@@ -132,7 +133,7 @@ def train_classifier(args, seed, out, data, tests, device):
         if args.max_steps:
             order = order[:args.max_steps * args.batch_size]
         optimizer.param_groups[0]["lr"] = args.lr * args.gamma ** epoch
-        loss, train_accuracy = train_epoch(classifier, optimizer, images, labels, order, args.batch_size)
+        loss, train_accuracy = train_epoch(classifier, optimizer, images, labels, order, args)
         numbers = {"loss": loss, "train": train_accuracy} | {name: accuracy(classifier, *t) for name, t in tests.items()}
         log.write(step=epoch + 1, seed=seed, **numbers)
         print(f"seed {seed}  epoch {epoch + 1}/{args.epochs}  " +
@@ -189,6 +190,8 @@ def parse_args(argv=None):
     steps.add_argument("--batch-size", type=positive_int, default=64, help="images per step")
     steps.add_argument("--lr", type=non_negative_float, default=1.0, help="Adadelta's learning rate in the first epoch")
     steps.add_argument("--gamma", type=non_negative_float, default=0.7, help="factor of the learning rate per epoch")
+    steps.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto",
+                       help="bf16 arithmetic in training; tests are in float32; auto: where the hardware multiplies it")
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, required=True, help="run folder; new, empty, or continued with --resume")
@@ -207,7 +210,8 @@ def main():
     if (args.train == "original") != (args.counterfactual is None):
         raise UserError(f"--train {args.train} {'takes no' if args.train == 'original' else 'needs'} --counterfactual")
     device = pick_device(args.device)
-    out = claim_folder(args.out, args.resume, "args.json")
+    args.bf16 = pick_bf16(args.amp, device)
+    out = claim_folder(args.out, __file__, args.resume)
     if args.offline:
         print("OFFLINE: synthetic digits and drawn textures. No number of this run is about MNIST.")
     original, test = load_variant(args.dataset, args.data_dir, textures=args.textures, offline=args.offline,

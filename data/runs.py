@@ -87,6 +87,13 @@ def pick_device(name):
     return device
 
 
+def pick_bf16(amp, device):
+    """`auto` means bf16 where the hardware multiplies it: most GPUs, and CPUs with AVX-512 BF16 or AMX."""
+    if amp != "auto":
+        return amp == "bf16"
+    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: complete or absent
 
@@ -167,15 +174,19 @@ def tile_sheet(images, column_titles=(), row_titles=(), scale=3, gap=2):
 # Run folders
 
 
-def claim_folder(out, resuming, marker):
-    """Make the run folder `out`. An existing folder is taken only if it is empty, or holds `marker` and is resumed."""
+def claim_folder(out, script, resuming):
+    """Make the run folder `out`. One that is not empty is taken only if `script` made it and it is to be resumed."""
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file of that name exists; choose another folder")
-    occupied = out.is_dir() and any(out.iterdir())
-    if occupied and not (resuming and (out / marker).is_file()):
-        hint = "" if resuming else ", or continue it with --resume"
-        raise UserError(f"--out {out}: the folder holds another run or other files; choose another folder{hint}")
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            ours = json.loads((out / "args.json").read_text())["script"] == Path(script).name
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        if not (ours and resuming):
+            hint = "continue it with --resume, or choose another folder" if ours else "choose another folder"
+            raise UserError(f"--out {out}: the folder holds {'another run' if ours else 'other files'}; {hint}")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

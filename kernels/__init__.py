@@ -32,16 +32,40 @@ def composite_losses(mask, foreground, background, target=None, *, mask_interval
 
 
 def gram_matrix(features):
-    """features: (N, C, H, W). Returns F F^T / (C H W) in float32, (N, C, C)."""
-    n, channels, height, width = features.shape
-    flat = features.float().reshape(n, channels, height * width)
-    return torch.bmm(flat, flat.transpose(1, 2)) / (channels * height * width)
+    """features: (N, C, H, W). Returns F F^T / (C H W) in float32 or better, (N, C, C)."""
+    flat = accumulation_type(features).flatten(2)
+    return torch.bmm(flat, flat.transpose(1, 2)) / features[0].numel()
+
+
+def accumulation_type(features):
+    """Half precision is too coarse to sum in."""
+    return features.float() if features.dtype in (torch.float16, torch.bfloat16) else features
+
+
+class StyleLoss(torch.autograd.Function):
+    """mean|F F^T / (C H W) - target|. Its derivative is symmetric, so that backward is one product and not two."""
+
+    @staticmethod
+    def forward(ctx, features, target):
+        flat = accumulation_type(features).flatten(2)                                    # (N, C, H W)
+        difference = torch.baddbmm(target, flat, flat.transpose(1, 2), beta=-1, alpha=1 / features[0].numel())
+        ctx.save_for_backward(features, difference)
+        return difference.abs().mean()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        features, difference = ctx.saved_tensors
+        scale = 2 * gradient / (features[0].numel() * difference.numel())
+        flat = accumulation_type(features).flatten(2)
+        return torch.bmm(difference.sign(), flat).mul_(scale).view_as(features).to(features.dtype), None
 
 
 def style_loss(features, target_features):
     """Mean absolute difference of the Gram matrices of one layer (Gatys et al. 2016, with an L1 norm).
 
-    features: (N, C, H, W). target_features: the same shape, or a Gram matrix (N, C, C); it carries no gradient.
+    features: (N, C, H, W). target_features: the same shape, or a Gram matrix (N, C, C); it carries no gradient, and
+    there is no second derivative.
     """
     target = target_features.detach() if target_features.ndim == 3 else gram_matrix(target_features.detach())
-    return (gram_matrix(features) - target).abs().mean()
+    return StyleLoss.apply(features, target)

@@ -1,0 +1,63 @@
+"""Helpers for all tests: scripts run as a user runs them, and a small MNIST in IDX files."""
+import gzip
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from data.synthetic import synthetic_digits  # noqa: E402  (needs the path above)
+
+
+def folder_from(variable):
+    """The folder that an environment variable names, or None."""
+    return Path(os.environ[variable]) if os.environ.get(variable) else None
+
+
+def fixture_files(pattern):
+    """Fixture files as test parameters; one skipped parameter, which says why, if there are none."""
+    folder = folder_from("CGN_FIXTURES")
+    files = sorted(folder.glob(pattern)) if folder else []
+    if not files:
+        reason = f"no {pattern} in CGN_FIXTURES={folder}" if folder else f"CGN_FIXTURES names no folder with {pattern}"
+        return [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
+    return [pytest.param(file, id=file.name) for file in files]
+
+
+def run(script, *flags, expect=0):
+    """Run a script of the repository in a subprocess. Returns the finished process; its output shows on failure."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == expect, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def write_idx(path, values):
+    """A uint8 tensor as an IDX file, gzipped if the name says so."""
+    sizes = b"".join(size.to_bytes(4, "big") for size in values.shape)
+    raw = bytes([0, 0, 8, values.ndim]) + sizes + values.numpy().tobytes()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """A folder like MNIST's: 600 digits to train, 200 to test, gzipped under MNIST/raw."""
+    folder = tmp_path_factory.mktemp("mnist")
+    (folder / "MNIST" / "raw").mkdir(parents=True)
+    for part, count, seed in (("train", 600, 1), ("t10k", 200, 2)):
+        images, labels = synthetic_digits(count, seed=seed)
+        write_idx(folder / "MNIST" / "raw" / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(folder / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte.gz", labels.to(torch.uint8))
+    return folder
+
+
+@pytest.fixture
+def tiny(digits_dir):
+    """Flags of a training that takes a second: few digits, no VGG."""
+    return ["--data-dir", digits_dir, "--style-weights", 0, 0, 0, 0, "--device", "cpu", "--ndf", 16, "--max-steps", 6,
+            "--warmup", 2, "--log-every", 2, "--sample-every", 0, "--save-every", 3]

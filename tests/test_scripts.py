@@ -1,0 +1,318 @@
+"""The three scripts, run as a user runs them: the chain, resuming, seeds, kills, and mistakes."""
+import importlib
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ROOT, folder_from, run, write_idx
+from data.mnist import VARIANTS
+from data.runs import run_main
+from train_cgn import PRESETS, load_generator, parse_args
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def without_args(checkpoint):
+    return {key: value for key, value in checkpoint.items() if key != "args"}
+
+
+@pytest.fixture(scope="module")
+def trained(digits_dir, tmp_path_factory):
+    """A short training on the small MNIST: its run folder."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    run("train_cgn.py", "--dataset", "colored_mnist", "--data-dir", digits_dir, "--style-weights", 0, 0, 0, 0,
+        "--warmup", 5, "--max-steps", 30, "--log-every", 10, "--device", "cpu", "--out", out)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a run writes
+
+
+def test_offline_chain_from_nothing(tmp_path):
+    common = ["--dataset", "wildlife_mnist", "--offline", "--device", "cpu"]
+    done = run("train_cgn.py", *common, "--warmup", 1, "--max-steps", 3, "--log-every", 1, "--out",
+               tmp_path / "cgn")
+    assert "OFFLINE" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "cgn" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[0].keys() == {"step", "border", "frame", "mask"}                     # warm-up
+    assert lines[1].keys() == lines[0].keys() | {"adversarial", "binary", "style", "discriminator"}
+    assert all(abs(value) < 100 for line in lines for value in line.values())
+    facts = json.loads((tmp_path / "cgn" / "args.json").read_text())
+    assert facts["args"]["offline"] and facts["args"]["discriminator"] == "conv" and facts["torch"]
+    run("generate.py", "--weights", tmp_path / "cgn" / "weights.pt", "--n", 300, "--out", tmp_path / "cf")
+    assert json.loads((tmp_path / "cf" / "dataset.json").read_text())["offline"]
+    run("train_classifier.py", *common, "--train", "both", "--counterfactual", tmp_path / "cf", "--epochs", 2,
+        "--max-steps", 20, "--seeds", 0, 1, "--out", tmp_path / "classifier")
+    results = json.loads((tmp_path / "classifier" / "results.json").read_text())
+    assert results["offline"] and set(results["seeds"]) == {"0", "1"}
+    for name in ("train", "decorrelated", "correlated"):
+        values = [seed[name] for seed in results["seeds"].values()]
+        assert all(5 < value <= 100 for value in values)
+        assert results["summary"][name]["mean"] == pytest.approx(sum(values) / 2)
+        assert results["summary"][name]["std"] == pytest.approx(abs(values[0] - values[1]) / 2 ** 0.5)
+    assert results["summary"]["correlated"]["mean"] > results["summary"]["decorrelated"]["mean"]      # the shortcut
+
+
+def test_a_run_folder_holds_weights_and_pictures(trained):
+    assert {file.name for file in trained.iterdir()} == {
+        "args.json", "train_cgn.py", "log.jsonl", "samples", "sheet.png", "weights.pt", "checkpoint.pt"}
+    content = load(trained / "weights.pt")
+    assert content.keys() == {"generator", "average", "args", "step"} and content["step"] == 30
+    assert not same(content["generator"], content["average"])
+    picture = Image.open(trained / "sheet.png")
+    assert picture.width > 600 and picture.height > 600 and len(picture.getcolors(1 << 20)) > 100
+    losses = [json.loads(line)["border"] for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]                                                     # it learns something
+
+
+def test_generated_data_set(trained, tmp_path):
+    run("generate.py", "--weights", trained / "weights.pt", "--n", 10_050, "--per-shape", 4, "--batch-size", 333,
+        "--out", tmp_path / "a")
+    chunks = [load(tmp_path / "a" / f"chunk_{number:05d}.pt") for number in (0, 1)]
+    assert [len(chunk["images"]) for chunk in chunks] == [10_000, 50]
+    images, labels = (torch.cat([chunk[name] for chunk in chunks]) for name in ("images", "labels"))
+    assert images.shape == (10_050, 3, 32, 32) and images.dtype == labels.dtype == torch.uint8
+    shapes = labels[:10_048, 0].view(-1, 4)
+    assert (shapes == shapes[:, :1]).all() and len(shapes[:, 0].unique()) == 10
+    for a, b in ((0, 1), (0, 2), (1, 2)):                                             # independent: equal by chance
+        assert 0.08 < (labels[:, a] == labels[:, b]).float().mean() < 0.12
+    # The same numbers with another batch size, from the generator itself, and in a shorter data set.
+    run("generate.py", "--weights", trained / "weights.pt", "--n", 600, "--per-shape", 4, "--batch-size", 7,
+        "--out", tmp_path / "b")
+    short = load(tmp_path / "b" / "chunk_00000.pt")
+    assert torch.equal(short["images"], images[:600]) and torch.equal(short["labels"], labels[:600])
+
+
+def test_factual_images_have_one_label(trained, tmp_path):
+    run("generate.py", "--weights", trained / "weights.pt", "--n", 200, "--factual", "--out", tmp_path / "a")
+    chunk = load(tmp_path / "a" / "chunk_00000.pt")
+    assert (chunk["labels"] == chunk["labels"][:, :1]).all() and len(chunk["labels"].unique()) == 10
+    assert len(chunk["images"].flatten(1).unique(dim=0)) == 200
+
+
+def test_average_is_the_default_and_raw_weights_differ(trained, tmp_path):
+    for name, flags in (("average", []), ("raw", ["--raw-weights"])):
+        run("generate.py", "--weights", trained / "weights.pt", "--n", 20, *flags, "--out", tmp_path / name)
+    images = [load(tmp_path / name / "chunk_00000.pt")["images"] for name in ("average", "raw")]
+    assert not torch.equal(*images)
+    weights = load(trained / "weights.pt")
+    assert same(dict(load_generator(trained / "weights.pt")[0].state_dict()), dict(weights["average"]))
+    assert same(dict(load_generator(trained / "weights.pt", raw=True)[0].state_dict()), dict(weights["generator"]))
+
+
+def test_sheets(trained, tmp_path):
+    run("generate.py", "--weights", trained / "weights.pt", "--sheet", "--out", tmp_path / "a")
+    names = {"mechanisms", "counterfactuals", *(f"interpolation_{m}" for m in ("shape", "texture", "background", "all"))}
+    pictures = {file.stem: Image.open(file) for file in (tmp_path / "a").glob("*.png")}
+    assert pictures.keys() == names
+    assert len({picture.tobytes() for picture in pictures.values()}) == len(names)
+    assert not list((tmp_path / "a").glob("chunk*"))
+
+
+def test_published_weights_serve_every_script(tmp_path, tiny):
+    folder = folder_from("CGN_WEIGHTS")
+    path = folder and folder / "authors_cgn_colored_mnist.pth"
+    if not path or not path.is_file():
+        pytest.skip(f"no authors_cgn_colored_mnist.pth in CGN_WEIGHTS={folder}")
+    run("generate.py", "--weights", path, "--n", 20, "--dataset", "colored_mnist", "--out", tmp_path / "cf")
+    run("train_cgn.py", "--dataset", "colored_mnist", *tiny, "--weights", path, "--out", tmp_path / "cgn")
+    before, after = load_generator(path)[0], load_generator(tmp_path / "cgn" / "weights.pt", raw=True)[0]
+    moved = (before.f_text1[7].weight - after.f_text1[7].weight).abs().max()
+    assert 0 < moved < 0.01                                                           # six steps of 2e-4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The same answer twice, and after an interruption
+
+
+@pytest.mark.parametrize("dataset", VARIANTS)
+def test_resumed_training_equals_an_uninterrupted_one(tmp_path, tiny, dataset):
+    common = ["train_cgn.py", "--dataset", dataset, *tiny]
+    run(*common, "--out", tmp_path / "whole")
+    run(*common, "--max-steps", 4, "--out", tmp_path / "halves")
+    run(*common, "--resume", "--out", tmp_path / "halves")
+    whole, halves = (load(tmp_path / name / "checkpoint.pt") for name in ("whole", "halves"))
+    assert whole["step"] == 6 and same(without_args(whole), without_args(halves))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "halves" / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
+
+
+def test_other_seed_other_weights(tmp_path, tiny):
+    for seed in (0, 1):
+        run("train_cgn.py", "--dataset", "colored_mnist", *tiny, "--max-steps", 1, "--seed", seed, "--out", tmp_path / str(seed))
+    assert not same(*(load(tmp_path / str(seed) / "checkpoint.pt")["generator"] for seed in (0, 1)))
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_training_resumes_to_the_same_end(tmp_path, tiny, number):
+    flags = ["--dataset", "colored_mnist", *map(str, tiny), "--max-steps", "120", "--log-every", "1", "--save-every", "5"]
+    run("train_cgn.py", *flags, "--out", tmp_path / "whole")
+    command = [sys.executable, str(ROOT / "train_cgn.py"), *flags, "--out", str(tmp_path / "killed")]
+    log = tmp_path / "killed" / "log.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        deadline = time.time() + 100
+        while not (log.is_file() and log.read_text().count("\n") > 12) and time.time() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        output = process.communicate()[0]
+    step = load(tmp_path / "killed" / "checkpoint.pt")["step"]
+    assert 10 <= step < 120
+    if number != signal.SIGKILL:
+        assert process.returncode == 0 and f"stopped after step {step}" in output and "--resume" in output
+    run("train_cgn.py", *flags, "--resume", "--out", tmp_path / "killed")
+    whole, killed = (load(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
+    assert same(without_args(whole), without_args(killed))
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, 121))
+
+
+def test_generation_resumes(trained, tmp_path):
+    flags = ["--weights", trained / "weights.pt", "--n", 10_020, "--out", tmp_path / "a"]
+    run("generate.py", *flags)
+    chunk, last = tmp_path / "a" / "chunk_00000.pt", tmp_path / "a" / "chunk_00001.pt"
+    before, stamp = load(last), chunk.stat().st_mtime_ns
+    last.unlink(), (tmp_path / "a" / "dataset.json").unlink()
+    run("generate.py", *flags, "--resume")
+    assert same(load(last), before) and chunk.stat().st_mtime_ns == stamp
+    done = run("generate.py", *flags, "--resume", "--seed", 1, expect=2)
+    assert "other settings" in done.stderr
+
+
+def test_classifier_resumes_and_repeats(digits_dir, tmp_path):
+    flags = ["--dataset", "double_colored_mnist", "--data-dir", digits_dir, "--device", "cpu", "--seeds", 3]
+    run("train_classifier.py", *flags, "--epochs", 3, "--out", tmp_path / "whole")
+    run("train_classifier.py", *flags, "--epochs", 1, "--out", tmp_path / "halves")
+    run("train_classifier.py", *flags, "--epochs", 3, "--out", tmp_path / "halves", "--resume")
+    whole, halves = (load(tmp_path / name / "seed_3" / "checkpoint.pt") for name in ("whole", "halves"))
+    assert same(whole, halves) and whole["epoch"] == 3
+    logs = [(tmp_path / name / "seed_3" / "log.jsonl").read_text() for name in ("whole", "halves")]
+    assert logs[0] == logs[1] and logs[0].count("\n") == 3
+    assert {f.name for f in (tmp_path / "whole" / "seed_3").iterdir()} == {"log.jsonl", "weights.pt", "weights_best.pt",
+                                                                          "checkpoint.pt"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def test_presets_are_defaults_and_flags_win():
+    for dataset, preset in PRESETS.items():
+        args = vars(parse_args(["--dataset", dataset, "--out", "x"]))
+        assert preset.items() <= args.items()
+        args = vars(parse_args(["--dataset", dataset, "--out", "x", "--init", "xavier", "--binary-weight", "7"]))
+        assert args["init"] == "xavier" and args["binary_weight"] == 7 and args["ndf"] == preset["ndf"]
+    assert parse_args(["--out", "x", "--ndf", "5", "--dataset=wildlife_mnist"]).discriminator == "conv"
+
+
+MISTAKES = {
+    "unknown dataset": ("train_cgn.py --dataset cifar --out OUT", "invalid choice"),
+    "unknown flag": ("train_cgn.py --dataset colored_mnist --out OUT --nonsense", "--nonsense"),
+    "no dataset": ("train_cgn.py --out OUT", "--dataset"),
+    "dataset without a value": ("train_cgn.py --out OUT --dataset", "--dataset"),
+    "imagenet": ("train_cgn.py --dataset imagenet --out OUT", "not yet"),
+    "imagenet classifier": ("train_classifier.py --dataset imagenet --out OUT", "not yet"),
+    "zero batch": ("train_cgn.py --dataset colored_mnist --out OUT --batch-size 0", "--batch-size"),
+    "batch larger than the data": ("train_cgn.py --dataset colored_mnist --data-dir DIGITS --style-weights 0 0 0 0 "
+                                   "--out OUT --batch-size 601", "--batch-size 601"),
+    "negative steps": ("train_cgn.py --dataset colored_mnist --out OUT --max-steps -3", "--max-steps"),
+    "negative weight": ("train_cgn.py --dataset colored_mnist --out OUT --border-weight -1", "--border-weight"),
+    "weight is not a number": ("train_cgn.py --dataset colored_mnist --out OUT --binary-weight nan", "--binary-weight"),
+    "three style weights": ("train_cgn.py --dataset colored_mnist --out OUT --style-weights 1 2 3", "--style-weights"),
+    "no such device": ("train_cgn.py --dataset colored_mnist --out OUT --device cuda:77", "--device cuda:77"),
+    "no texture folder": ("train_cgn.py --dataset wildlife_mnist --data-dir DIGITS --textures NOWHERE --out OUT", "NOWHERE"),
+    "truncated digits": ("train_cgn.py --dataset wildlife_mnist --data-dir TRUNCATED --out OUT", "train-images-idx3-ubyte"),
+    "no digits": ("train_cgn.py --dataset colored_mnist --data-dir NOWHERE --out OUT", "--offline"),
+    "no VGG": ("train_cgn.py --dataset colored_mnist --data-dir DIGITS --weights-dir NOWHERE/vgg.pth --out OUT", "vgg.pth"),
+    "checkpoint of another kind": ("train_cgn.py --dataset colored_mnist --data-dir DIGITS --style-weights 0 0 0 0 "
+                                   "--resume FOREIGN --out OUT", "not a checkpoint"),
+    "checkpoint missing": ("train_cgn.py --dataset colored_mnist --data-dir DIGITS --style-weights 0 0 0 0 "
+                           "--resume NOWHERE --out OUT", "no such file"),
+    "checkpoint of other settings": ("train_cgn.py --dataset colored_mnist --data-dir DIGITS --style-weights 0 0 0 0 "
+                                     "--lr 1 --resume TRAINED/checkpoint.pt --out OUT", "lr = 0.0002"),
+    "weights truncated": ("generate.py --weights CUT --out OUT", "CUT"),
+    "weights foreign": ("generate.py --weights FOREIGN --out OUT", "FOREIGN"),
+    "weights missing": ("generate.py --weights NOWHERE --out OUT", "NOWHERE"),
+    "weights of another variant": ("generate.py --weights TRAINED/weights.pt --dataset wildlife_mnist --out OUT",
+                                   "was trained on colored_mnist"),
+    "zero images": ("generate.py --weights TRAINED/weights.pt --n 0 --out OUT", "--n"),
+    "negative per shape": ("generate.py --weights TRAINED/weights.pt --per-shape -1 --out OUT", "--per-shape"),
+    "counterfactuals not given": ("train_classifier.py --dataset colored_mnist --train both --out OUT",
+                                  "--counterfactual"),
+    "counterfactuals not wanted": ("train_classifier.py --dataset colored_mnist --counterfactual X --out OUT",
+                                   "--counterfactual"),
+    "counterfactuals missing": ("train_classifier.py --dataset colored_mnist --data-dir DIGITS --train both "
+                                "--counterfactual NOWHERE --out OUT", "NOWHERE"),
+    "no seeds": ("train_classifier.py --dataset colored_mnist --out OUT --seeds", "--seeds"),
+    "folder of another run": ("train_cgn.py --dataset colored_mnist --out TRAINED", "--resume"),
+    "folder of something else": ("train_cgn.py --dataset colored_mnist --resume --out DIGITS", "other files"),
+    "out is a file": ("train_cgn.py --dataset colored_mnist --out CUT", "a file"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(digits_dir, trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("places")
+    (folder / "CUT").write_bytes((trained / "weights.pt").read_bytes()[:100_000])
+    torch.save({"linear.weight": torch.zeros(3, 3)}, folder / "FOREIGN")
+    (folder / "TRUNCATED").mkdir()
+    write_idx(folder / "TRUNCATED" / "train-images-idx3-ubyte", torch.zeros(10, 28, 28, dtype=torch.uint8))
+    write_idx(folder / "TRUNCATED" / "train-labels-idx1-ubyte", torch.zeros(10, dtype=torch.uint8))
+    images = folder / "TRUNCATED" / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-1])
+    return {"DIGITS": digits_dir, "TRAINED": trained, "OUT": folder / "OUT",
+            **{name: folder / name for name in ("CUT", "FOREIGN", "TRUNCATED", "NOWHERE")}}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_2(name, places, trained, monkeypatch, capsys):
+    command, message = MISTAKES[name]
+    for word, path in places.items():
+        command = re.sub(rf"\b{word}\b", str(path), command)
+    before = {file: file.stat().st_mtime_ns for file in trained.rglob("*")}
+    script, *flags = shlex.split(command)
+    monkeypatch.setattr(sys, "argv", [script, *flags])
+    with pytest.raises(SystemExit) as stop:                # in this process, which saves two seconds each
+        run_main(importlib.import_module(script.removesuffix(".py")).main)
+    errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
+    assert {file: file.stat().st_mtime_ns for file in trained.rglob("*")} == before
+    assert not places["OUT"].exists() or not any(places["OUT"].iterdir())               # free for the next try
+
+
+def test_a_mistake_has_no_traceback(places):
+    for command, message in (("train_cgn.py --dataset cifar --out OUT", "invalid choice"),
+                             ("generate.py --weights FOREIGN --out OUT", "FOREIGN"),
+                             ("train_classifier.py --dataset wildlife_mnist --data-dir TRUNCATED --out OUT", "bytes")):
+        script, *flags = [str(places.get(word, word)) for word in command.split()]
+        done = run(script, *flags, expect=2)
+        assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_readme_commands_parse():
+    """Every command line that the README shows for the three scripts uses flags that exist."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"python (train_cgn|generate|train_classifier)\.py ([^\n`|#]*)", text)
+    assert len(commands) >= 8
+    for script, flags in commands:
+        __import__(script).parse_args(shlex.split(flags.split("&&")[0]))

@@ -19,9 +19,9 @@ from data.runs import (UserError, claim_folder, describe_run, load_tensors, non_
                        positive_int, run_main, save_png, save_tensors, tile_sheet, write_json)
 from train_cgn import CLASSES, LATENT, load_generator, sample_sheet, shuffle_patches
 
-CHUNK = 10_000                                             # images in a file
+CHUNK = 2_000                                              # images in a file
 BLOCK = 1_000                                              # random numbers are drawn for so many images at a time
-SLICE = 200                                                # latents that a network sees at a time
+SLICE = 100                                                # latents that a network sees at a time
 SHAPE, TEXTURE, BACKGROUND = range(3)                      # mechanisms, each with a stream of random numbers
 
 

@@ -11,7 +11,6 @@ The run folder gets args.json, log.jsonl, samples/*.png, checkpoint.pt (everythi
 generator alone, for generate.py).
 """
 import argparse
-import contextlib
 from pathlib import Path
 
 import torch
@@ -19,8 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data.mnist import SIZE, VARIANTS, load_variant, to_float
-from data.runs import (DOWNLOADS, Log, StopSignal, UserError, claim_folder, describe_run, finite_float, load_tensors,
-                       non_negative_float, non_negative_int, pick_bf16, pick_device, plain, positive_int, fraction, run_main,
+from data.runs import (DOWNLOADS, Log, StopSignal, UserError, claim_folder, describe_run, fraction, load_tensors,
+                       non_negative_float, non_negative_int, pick_bf16, pick_device, plain, positive_int, run_main,
                        save_png, save_tensors, tile_sheet)
 from data.weights import check_state_dict, load_vgg16_features, random_vgg16_features
 from kernels import composite_losses, style_loss
@@ -392,7 +391,6 @@ def train(args, out, device):
     if not per_epoch:
         raise UserError(f"--batch-size {args.batch_size}: larger than the {len(data)} training images")
     last = args.max_steps or args.epochs * per_epoch
-    autocast = lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
     describe_run(out, __file__, args)
     log, stop, totals = Log(out / "log.jsonl", start), StopSignal(), {}
     print(f"{args.dataset}: {len(data)} images on {device}, {'bf16' if bf16 else 'float32'}, steps {start} to {last}")
@@ -410,7 +408,7 @@ def train(args, out, device):
         warmup = step < args.warmup
         optimizers[0].param_groups[0]["lr"] = 0.0 if warmup else args.lr
         discriminator.requires_grad_(False)
-        with autocast():
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             mask, *textures = cgn(z, y_gen)
         textures = [shuffle_patches(texture, offset) for texture, offset in zip(textures, offsets)]
         losses, x_gen, mask_mean = generator_losses(args, vgg, discriminator, (mask, *textures), x_gt, y_gen,

@@ -91,7 +91,9 @@ def pick_bf16(amp, device):
     """`auto` means bf16 where the hardware multiplies it: most GPUs, and CPUs with AVX-512 BF16 or AMX."""
     if amp != "auto":
         return amp == "bf16"
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -46,8 +46,8 @@ STYLE_CONVOLUTIONS = (2, 4, 7, 10)                         # relu1_2, relu2_2, r
 class UpsampleConv2d(nn.Conv2d):
     """Nearest-neighbour upsampling by 2 and a 3 x 3 convolution (padding 1) in one, on the small image.
 
-    Each output pixel sees only 2 x 2 different inputs, so a transposed 4 x 4 convolution with summed taps gives the same
-    with 4/9 of the products, and the upsampled image is never written.
+    Each output pixel sees only 2 x 2 different inputs, so a transposed 4 x 4 convolution with summed taps gives the
+    same with 4/9 of the products, and the upsampled image is never written.
     """
 
     def forward(self, x):
@@ -184,7 +184,7 @@ class VGG16Features(nn.Module):
         self.requires_grad_(False).to(memory_format=torch.channels_last)
 
     def forward(self, image):
-        """image: (N, 3, H, W) in [-1, 1], as it is. Returns the features before each max-pool, in the weights' dtype."""
+        """image: (N, 3, H, W) in [-1, 1]. Returns the features before each max-pool, in the weights' dtype."""
         x, features = image.to(self.convolutions[0].weight.dtype, memory_format=torch.channels_last), []
         for number, convolution in enumerate(self.convolutions, 1):
             x = F.relu_(convolution(x))
@@ -385,7 +385,7 @@ def train(args, out, device):
         generator_groups(cgn, args), [{"params": list(discriminator.parameters()), "lr": args.lr}])]
 
     start, checkpoint = 0, out / "checkpoint.pt" if args.resume == "auto" else args.resume
-    if args.resume and (args.resume != "auto" or checkpoint.exists()):      # nothing saved yet: start from the beginning
+    if args.resume and (args.resume != "auto" or checkpoint.exists()):      # nothing saved yet: begin
         start = restore(Path(checkpoint), args, *networks, optimizers)
     per_epoch = len(data) // args.batch_size
     if not per_epoch:
@@ -441,7 +441,7 @@ def train(args, out, device):
         if stop and done < last:
             print(f"\nstopped after step {done}; go on with the same command and --resume")
             return
-    print(f"{out / 'sheet.png'} shows what the mechanisms make; next: python generate.py --weights {out / 'weights.pt'}")
+    print(f"{out / 'sheet.png'} shows the mechanisms; next: python generate.py --weights {out / 'weights.pt'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,7 +462,7 @@ def parse_args(argv=None):
 
     model = parser.add_argument_group("model")
     model.add_argument("--weights", type=Path, help="start from these generator weights (ours or the published ones)")
-    model.add_argument("--discriminator", choices=["linear", "conv"], default="linear", help="form of the discriminator")
+    model.add_argument("--discriminator", choices=["linear", "conv"], default="linear", help="its form")
     model.add_argument("--ndf", type=positive_int, default=512, help="width of the discriminator")
     model.add_argument("--init", choices=["orthogonal", "normal", "xavier", "kaiming"], default="orthogonal",
                        help="how the generator's weights are drawn")
@@ -477,8 +477,9 @@ def parse_args(argv=None):
     loss.add_argument("--frame-weight", type=non_negative_float, default=10.0,
                       help="colours of the background against those in the real image's outer 3 pixels; 0 as published")
 
-    loss.add_argument("--warmup", type=non_negative_int, default=1000, help="first steps, in which the two losses above "
-                      "alone act, on BatchNorm weights and biases: they settle the background first; 0 as published")
+    loss.add_argument("--warmup", type=non_negative_int, default=1000,
+                      help="first steps, in which the two losses above alone act, on BatchNorm weights and biases: they "
+                      "settle the background first; 0 as published")
     loss.add_argument("--labels", choices=["batch", "uniform"], default="batch", help="classes to generate: those of "
                       "the real batch, so that the style loss compares images of one class; or any, as published")
 

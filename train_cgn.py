@@ -22,7 +22,7 @@ from data.runs import (DOWNLOADS, Log, StopSignal, UserError, claim_folder, desc
                        non_negative_float, non_negative_int, pick_bf16, pick_device, plain, positive_int, run_main,
                        save_png, save_tensors, tile_sheet)
 from data.weights import check_state_dict, load_vgg16_features, random_vgg16_features
-from kernels import composite_losses, style_loss
+from kernels import composite_losses_and_copy, style_loss, use_triton
 
 # The published settings, except for what the README lists as different. A flag given on the command line wins.
 PRESETS = {
@@ -198,12 +198,12 @@ class VGG16Features(nn.Module):
 # Losses
 
 
-def perceptual_loss(vgg, image, target, weights):
+def perceptual_loss(vgg, image, target, weights, backend="auto"):
     """Style loss of image against target, (N, 3, H, W) in [-1, 1]: sum over layers of 5000 w^2 mean|G - G_target|."""
     with torch.no_grad():
         target_features = vgg(target)
     layers = zip(vgg(image), target_features, weights)
-    return sum(5000 * w ** 2 * style_loss(features, target) for features, target, w in layers if w)
+    return sum(5000 * w ** 2 * style_loss(features, target, backend=backend) for features, target, w in layers if w)
 
 
 # Not in the paper. Its losses leave open which of the two textures is the foreground, and masks of some classes end
@@ -235,13 +235,15 @@ def frame_loss(background, x_gt):
 def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, warmup):
     """Weighted losses by name, the composite, and the mean mask value. In warm-up, only what settles the background."""
     mask, foreground, background = mechanisms
-    composed, losses = composite_losses(mask, foreground, background), {}
+    style, losses = vgg is not None and not warmup, {}
+    copy_dtype = vgg.convolutions[0].weight.dtype if style else None       # the composite as VGG wants it
+    composed, copy = composite_losses_and_copy(mask, foreground, background, copy_dtype=copy_dtype, backend=args.kernels)
     if not warmup:
         realness = discriminator(composed.composite, y_gen)
         losses["adversarial"] = F.mse_loss(realness, torch.ones_like(realness))
         losses["binary"] = args.binary_weight * composed.binary
-    if vgg is not None and not warmup:
-        losses["style"] = perceptual_loss(vgg, composed.composite, x_gt, args.style_weights)
+    if style:
+        losses["style"] = perceptual_loss(vgg, copy, x_gt, args.style_weights, args.kernels)
     if args.border_weight:
         losses["border"] = args.border_weight * border_loss(mask)
     if args.frame_weight:
@@ -356,8 +358,8 @@ def restore(path, args, cgn, average, discriminator, optimizers):
     parts = {"generator": cgn, "average": average, "discriminator": discriminator}
     if not isinstance(content, dict) or not parts.keys() | {"optimizers", "step", "args"} <= content.keys():
         raise UserError(f"--resume {path}: not a checkpoint of train_cgn.py")
-    free = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "out", "resume", "device", "weights",
-            "data_dir", "weights_dir"}
+    free = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "out", "resume", "device", "kernels",
+            "weights", "data_dir", "weights_dir"}
     for name, value in plain(args).items():
         if name not in free and content["args"].get(name) != value:
             raise UserError(f"--resume {path}: was trained with {name} = {content['args'].get(name)}, not {value}; "
@@ -500,6 +502,8 @@ def parse_args(argv=None):
                      help="continue from OUT/checkpoint.pt if it is there, or from FILE")
     run.add_argument("--seed", type=non_negative_int, default=0, help="same seed, same device: same run")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
+    run.add_argument("--kernels", choices=["auto", "triton", "eager"], default="auto",
+                     help="composite and style loss; auto: Triton on a GPU, plain PyTorch elsewhere")
     run.add_argument("--log-every", type=positive_int, default=100, help="steps between lines of the log")
     run.add_argument("--sample-every", type=non_negative_int, default=1000, help="steps between sheets; 0: none")
     run.add_argument("--save-every", type=positive_int, default=1000, help="steps between checkpoints")
@@ -522,6 +526,10 @@ def main():
     if args.dataset == "imagenet":
         raise UserError("--dataset imagenet: not yet; this version trains " + ", ".join(VARIANTS))
     device = pick_device(args.device)
+    try:
+        use_triton(args.kernels, torch.empty(0, device=device))
+    except ValueError as error:
+        raise UserError(f"--kernels {args.kernels}: {error}")
     out = claim_folder(args.out, __file__, args.resume)
     if args.offline:
         print("OFFLINE: synthetic digits, drawn textures, random-feature VGG. No number of this run is about MNIST.")

@@ -10,8 +10,28 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"                   # the Triton kernels run as Python; to be set before import
 
 from data.synthetic import synthetic_digits  # noqa: E402  (needs the path above)
+
+
+def repair_interpreter():
+    """Triton 3.6's interpreter takes int() of arrays of one element, which numpy 2.4 refuses."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    original = interpreter._patch_lang_tensor
+
+    def patch(tensor, scope):
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch
+
+
+repair_interpreter()
 
 
 def folder_from(variable):

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+import kernels
 from conftest import fixture_files, folder_from
 from data.weights import load_vgg16_features
 from kernels import StyleLoss, composite_losses, gram_matrix, style_loss
@@ -14,31 +15,35 @@ STYLES = {"style_imagenet_4444": [4, 4, 4, 4], "style_text_0550": [0, 5, 5, 0],
           "style_wildlife": PRESETS["wildlife_mnist"]["style_weights"]}
 
 
-def fixture_loss(name, mask, foreground, background, x_gt):
+def fixture_loss(name, mask, foreground, background, x_gt, backend):
     """The weighted loss that a fixture file calls `name`; None for the ones that need no code of ours."""
     if name in STYLES:
         weights = folder_from("CGN_WEIGHTS")
         if weights is None:
             pytest.skip("CGN_WEIGHTS names no folder with VGG-16 weights")
-        vgg = VGG16Features(load_vgg16_features(weights, 10))
-        composite = composite_losses(mask, foreground, background).composite
-        return perceptual_loss(vgg, composite, x_gt, STYLES[name])
+        vgg = VGG16Features(load_vgg16_features(weights, 10)).to(x_gt.device)
+        composite = composite_losses(mask, foreground, background, backend=backend).composite
+        return perceptual_loss(vgg, composite, x_gt, STYLES[name], backend)
     mask = 0.05 * mask if name == "mask_low_w500" else mask
-    losses = composite_losses(mask, foreground, background, x_gt)
+    losses = composite_losses(mask, foreground, background, x_gt, backend=backend)
     return {"l1_w100": 100 * losses.l1, "binary_w300": 300 * losses.binary, "mask_w500": 500 * losses.mask_interval,
             "mask_low_w500": 500 * losses.mask_interval, "bg_w2000": 2000 * losses.mask_mean.mean()}[name]
 
 
+@pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("file", fixture_files("losses_*.pt"))
-def test_losses_match_the_published_ones(file):
-    content = torch.load(file, weights_only=True)
+def test_losses_match_the_published_ones(file, backend):
+    if backend == "triton" and kernels.gram is None:
+        pytest.skip("triton is not installed")
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    content = torch.load(file, weights_only=True, map_location=device)
     inputs = {name: content[name] for name in ("mask", "foreground", "background")}
     composite = composite_losses(*inputs.values()).composite
     torch.testing.assert_close(composite, content["composite"], rtol=1e-4, atol=1e-6)
     for name, expected in content["losses"].items():
         leaves = {key: value.clone().requires_grad_() for key, value in inputs.items()}
-        loss = fixture_loss(name, *leaves.values(), content["x_gt"])
-        torch.testing.assert_close(loss.detach(), torch.as_tensor(expected["value"], dtype=loss.dtype), rtol=1e-4,
+        loss = fixture_loss(name, *leaves.values(), content["x_gt"], backend)
+        torch.testing.assert_close(loss.detach(), torch.as_tensor(expected["value"]).to(loss), rtol=1e-4,
                                    atol=1e-7, msg=lambda text: f"{name}: {text}")
         if loss.requires_grad:
             loss.backward()

@@ -237,7 +237,8 @@ def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, warmup):
     mask, foreground, background = mechanisms
     style, losses = vgg is not None and not warmup, {}
     copy_dtype = vgg.convolutions[0].weight.dtype if style else None       # the composite as VGG wants it
-    composed, copy = composite_losses_and_copy(mask, foreground, background, copy_dtype=copy_dtype, backend=args.kernels)
+    composed, copy = composite_losses_and_copy(mask, foreground, background, copy_dtype=copy_dtype,
+                                               backend=args.kernels)
     if not warmup:
         realness = discriminator(composed.composite, y_gen)
         losses["adversarial"] = F.mse_loss(realness, torch.ones_like(realness))

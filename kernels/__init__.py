@@ -3,7 +3,6 @@
 The eager forms below are the definition. The Triton forms, in composite.py and gram.py, are tested against them and
 run on CUDA tensors; backend "triton" or "eager" asks for one of the two, "auto" takes what the tensors allow.
 """
-import math
 from typing import NamedTuple
 
 import torch
@@ -48,6 +47,25 @@ class CompositeLosses(NamedTuple):
     mask_interval: torch.Tensor        # scalar, mean over images of the distance of mask_mean to the interval
 
 
+class MaskEntropy(torch.autograd.Function):
+    """Mean of -m log2 m - (1 - m) log2(1 - m). The logarithms of forward are the slope in backward."""
+
+    @staticmethod
+    def forward(ctx, mask):
+        inside = mask.clamp(TINY, 1 - TINY).flatten()
+        outside = 1 - inside
+        log_inside, log_outside = inside.log2(), outside.log2()
+        entropy = -(torch.dot(inside, log_inside) + torch.dot(outside, log_outside)) / mask.numel()
+        ctx.save_for_backward((log_outside - log_inside).view_as(mask).mul_(inside.view_as(mask) == mask))
+        return entropy
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        slope, = ctx.saved_tensors
+        return gradient / slope.numel() * slope
+
+
 def composite_losses(mask, foreground, background, target=None, *, mask_interval=(0.1, 0.9), backend="auto"):
     """Compose images from the three mechanisms, `mask * foreground + (1 - mask) * background`, and rate them.
 
@@ -72,13 +90,13 @@ def composite_losses_and_copy(mask, foreground, background, target=None, *, copy
         raise ValueError("mask should be (N, 1, H, W) and images (N, 3, H, W), not "
                          + ", ".join(str(tuple(x.shape)) for x in (mask, *images)))
     if use_triton(backend, mask, *images):
-        image, copy, *losses = composite.composite_losses(mask, foreground, background, target, mask_interval, copy_dtype)
+        image, copy, *losses = composite.composite_losses(mask, foreground, background, target, mask_interval,
+                                                          copy_dtype)
         return CompositeLosses(image, *losses), copy
     mask = accumulation_type(mask)
     exact = torch.lerp(accumulation_type(background), accumulation_type(foreground), mask)
-    l1 = None if target is None else (exact - target.detach()).abs().mean()
-    inside = mask.clamp(TINY, 1 - TINY)
-    binary = (torch.special.entr(inside) + torch.special.entr(1 - inside)).mean() / math.log(2)
+    l1 = None if target is None else torch.linalg.vector_norm(exact - target.detach(), 1) / exact.numel()
+    binary = MaskEntropy.apply(mask)
     mask_mean = mask.mean((1, 2, 3))
     low, high = mask_interval
     outside = (low - mask_mean).clamp(min=0) + (mask_mean - high).clamp(min=0)
@@ -106,9 +124,13 @@ class StyleLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         features, difference = ctx.saved_tensors
-        scale = 2 * gradient / (features[0].numel() * difference.numel())
+        signs = difference.sign().mul_(2 * gradient / (features[0].numel() * difference.numel()))
         flat = accumulation_type(features).flatten(2)
-        return torch.bmm(difference.sign(), flat).mul_(scale).view_as(features).to(features.dtype), None
+        if features.is_contiguous(memory_format=torch.channels_last):                    # and so is the gradient
+            product = torch.bmm(flat.transpose(1, 2), signs).transpose(1, 2).unflatten(2, features.shape[2:])
+        else:
+            product = torch.bmm(signs, flat).view_as(features)
+        return product.to(features.dtype), None
 
 
 def style_loss(features, target_features, *, backend="auto"):

@@ -90,7 +90,7 @@ def finish_kernel(partial, l1, binary, mask_mean, mask_interval, images, splits,
         outside += tl.sum(tl.where(image < images, distance, 0.0))
         error += tl.sum(row_error)
         entropy += tl.sum(row_entropy)
-    count = images.to(tl.float32) * pixels
+    count = 1.0 * images * pixels
     if l1 is not None:
         tl.store(l1, error / (3 * count))
     tl.store(binary, entropy / count)
@@ -108,7 +108,7 @@ def backward_kernel(mask, foreground, background, target, mask_mean, grad, grad_
     """Gradients of mask, foreground and background from those of all outputs; any of them may be None."""
     program = tl.program_id(0).to(tl.int64)
     image, split = program // splits, program % splits
-    count = images.to(tl.float32) * pixels
+    count = 1.0 * images * pixels
     level = 0.0                                            # what every pixel of this image's mask gets
     if grad_mean is not None:
         level += tl.load(grad_mean + image).to(tl.float32) / pixels
@@ -245,9 +245,9 @@ def composite_backward(mask: Tensor, foreground: Tensor, background: Tensor, tar
     mask_out_s, *out_s = strides(*outs)
     with on_device(mask):
         backward_kernel[(images * splits,)](
-            *inputs, mask_mean, *image_grads, *(g if g is None else g.contiguous() for g in others), *outs, images, pixels,
-            splits, low, high, mask_s[0], mask_s[2], *sum(image_s, ()), mask_out_s[0], mask_out_s[2], *sum(out_s, ()),
-            BLOCK=BLOCK, num_warps=8)
+            *inputs, mask_mean, *image_grads, *(g if g is None else g.contiguous() for g in others), *outs, images,
+            pixels, splits, low, high, mask_s[0], mask_s[2], *sum(image_s, ()), mask_out_s[0], mask_out_s[2],
+            *sum(out_s, ()), BLOCK=BLOCK, num_warps=8)
     return outputs
 
 
@@ -278,6 +278,6 @@ def composite_losses(mask, foreground, background, target=None, mask_interval=(0
     (bits), mask_mean (N,) and mask_interval in float32. Without target or copy_dtype, None stands for l1 or the copy.
     The target gets no gradient, and there is no second derivative.
     """
-    composite, copy, l1, *rest = composite_forward(mask, foreground, background,
-                                                   None if target is None else target.detach(), *mask_interval, copy_dtype)
+    target = None if target is None else target.detach()
+    composite, copy, l1, *rest = composite_forward(mask, foreground, background, target, *mask_interval, copy_dtype)
     return composite, copy if copy_dtype else None, None if target is None else l1, *rest

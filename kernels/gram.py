@@ -94,16 +94,15 @@ def absolute_kernel(sums, gram, signs, partial, channels, splits, scale, weight,
     upper = tiles * (tiles + 1) // 2
     program = tl.program_id(0)
     row, column = upper_tile(program % upper, tiles)
-    image, images = (program // upper).to(tl.int64), tl.num_programs(0) // upper
+    image, images = (program // upper).to(tl.int64), (tl.num_programs(0) // upper).to(tl.int64)
     rows = (row * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
     columns = (column * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :]
     valid = (rows <= columns) & (columns < channels)
-    size = channels.to(tl.int64) * channels
-    place = image * size + rows * channels + columns
+    place = image * channels * channels + rows * channels + columns
     total = tl.zeros([TILE, TILE], tl.float32)
     for start in range(0, splits, SPLITS):
         split = (start + tl.arange(0, SPLITS))[:, None, None]
-        some = tl.load(sums + split * (images * size) + place[None], mask=valid[None] & (split < splits), other=0.0)
+        some = tl.load(sums + split * (images * channels * channels) + place[None], mask=valid[None] & (split < splits), other=0.0)
         total += tl.sum(some, 0)
     difference = total * scale
     if gram is not None:
@@ -112,7 +111,7 @@ def absolute_kernel(sums, gram, signs, partial, channels, splits, scale, weight,
     tl.store(partial + program, tl.sum(tl.where(valid, tl.abs(difference) * twice, 0.0)) * weight)
     sign = ((difference > 0).to(tl.int8) - (difference < 0).to(tl.int8)).to(tl.int8)
     tl.store(signs + place, sign, mask=valid)
-    tl.store(signs + image * size + tl.trans(columns) * channels + tl.trans(rows), tl.trans(sign),
+    tl.store(signs + image * channels * channels + tl.trans(columns) * channels + tl.trans(rows), tl.trans(sign),
              mask=tl.trans(valid))
 
 
@@ -145,7 +144,7 @@ def style_backward_kernel(signs, features, out, grad, channels, positions, posit
 @triton.jit
 def gather_kernel(image, corners, out, corner_width, image_n, image_c, image_h, image_w,
                   PATCH: tl.constexpr, GRID: tl.constexpr, BLOCK: tl.constexpr):
-    """Tiles GRID x GRID windows of each image: out (N, 3, GRID PATCH, GRID PATCH). corners (N, GRID GRID): y, x in one."""
+    """Tiles GRID x GRID windows of each image into out. Arguments as in gather_patches."""
     side: tl.constexpr = GRID * PATCH
     blocks: tl.constexpr = (side * side + BLOCK - 1) // BLOCK
     n = (tl.program_id(0) // blocks).to(tl.int64)
@@ -153,7 +152,8 @@ def gather_kernel(image, corners, out, corner_width, image_n, image_c, image_h, 
     inside = pixel < side * side
     y, x = pixel // side, pixel % side
     corner = tl.load(corners + n * GRID * GRID + y // PATCH * GRID + x // PATCH, mask=inside, other=0)
-    image += n * image_n + (corner // corner_width + y % PATCH) * image_h + (corner % corner_width + x % PATCH) * image_w
+    y, x = corner // corner_width + y % PATCH, corner % corner_width + x % PATCH
+    image += n * image_n + y * image_h + x * image_w
     for c in tl.static_range(3):
         tl.store(out + (n * 3 + c) * side * side + pixel, tl.load(image, mask=inside, other=0.0), mask=inside)
         image += image_c
@@ -169,7 +169,7 @@ def on_device(x):
 
 
 def blocks(features):
-    """Side of a tile, and terms of the sum at a time: what fits into the registers, where float32 takes three products."""
+    """Side of a tile, and terms of the sum at a time: what fits into registers. float32 takes three products."""
     side, terms = (128, 64) if features.element_size() == 2 else (64, 16)
     return max(16, min(side, triton.next_power_of_2(features.shape[1]))), terms
 

@@ -32,7 +32,7 @@ def describe(kernel, args, kwargs, options):
     """What triton.compile needs to know of a launch: None and 1 are constants, multiples of 16 are known as such."""
     signature, constants, attributes = {}, {}, {}
     for index, (name, value) in enumerate((dict(zip(kernel.arg_names, args)) | kwargs).items()):
-        if name in kwargs or value is None or value is 1:
+        if name in kwargs or value is None or (type(value) is int and value == 1):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = "*" + NAMES[value.dtype]
@@ -63,20 +63,21 @@ def record_launches(function):
     return launches
 
 
-def train_step(dtype, channels_last=False, channels=(64, 128, 256, 512), size=256):
-    """Every kernel, as a step of training at size x size calls it."""
-    mask, target = torch.empty(2, 1, size, size), torch.empty(2, 3, size, size)
-    inputs = [mask, *torch.empty(2, 2, 3, size, size, dtype=dtype)]
+def train_step(dtype, channels_last=False, n=2, size=256, channels=(64, 128, 256, 512)):
+    """Every kernel, as a step of training with n images of size x size calls it."""
+    mask, target = torch.empty(n, 1, size, size, dtype=dtype), torch.empty(n, 3, size, size)
+    inputs = [mask, *torch.empty(2, n, 3, size, size, dtype=dtype)]
     for x in inputs:
         x.requires_grad_()
     composed, copy, *scalars = composite.composite_losses(*inputs, target, copy_dtype=dtype)
     torch.autograd.backward([composed, copy, *scalars], [torch.ones_like(x) for x in (composed, copy, *scalars)])
     for number, c in enumerate(channels):
         side = max(1, size >> number)
-        x = torch.empty(2, c, side, side, dtype=dtype)
+        x = torch.empty(n, c, side, side, dtype=dtype)
         x = x.to(memory_format=torch.channels_last) if channels_last else x
-        gram.style_loss(x.requires_grad_(), x.detach().clone()).backward()
-    gram.gather_patches(target.to(dtype), torch.empty(2, 36, dtype=torch.int64), 15, 6)
+        for goal in [x.clone()] + [torch.empty(n, c, c)] * (number == 0):    # features, or a Gram matrix
+            gram.style_loss(x.detach().requires_grad_(), goal).backward()
+    gram.gather_patches(target.to(dtype), torch.empty(n, 36, dtype=torch.int64), 15, 6)
 
 
 def compile_launch(job):
@@ -86,7 +87,8 @@ def compile_launch(job):
     kernel = kernel.fn if isinstance(kernel, triton.runtime.Autotuner) else kernel
     triton.knobs.nvidia.dump_ptxas_log = triton.knobs.compilation.always_compile = True
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        compiled = triton.compile(ASTSource(kernel, signature, constants, attributes), GPUTarget("cuda", sm, 32), options)
+        source = ASTSource(kernel, signature, constants, attributes)
+        compiled = triton.compile(source, GPUTarget("cuda", sm, 32), options)
     registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
     spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log.getvalue())))
     return sm, registers, spilled, compiled.metadata.shared
@@ -98,6 +100,9 @@ def main():
         for channels_last in (False, True):
             for launch in record_launches(lambda: train_step(dtype, channels_last)):
                 launches.setdefault(repr(launch), launch)
+    for size, channels in ((1, (1,)), (7, (3,))):          # a size of 1 is a constant to the compiler
+        for launch in record_launches(lambda: train_step(torch.float32, False, 1, size, channels)):
+            launches.setdefault(repr(launch), launch)
     jobs = [(launch, sm) for launch in launches.values() for sm in SHARED_MEMORY]
     bad = 0
     print(f"triton {triton.__version__}; registers, spilled bytes and shared memory (KiB) per kernel")

@@ -1,4 +1,6 @@
 """Triton kernels against the eager forms and float64: interpreted on a CPU, compiled on a GPU."""
+import csv
+import json
 import os
 import subprocess
 import sys
@@ -7,8 +9,9 @@ import pytest
 import torch
 
 import kernels
-from conftest import ROOT
-from kernels import (composite_losses, composite_losses_and_copy, gram_matrix, sample_patch_images, style_loss)
+import train_cgn
+from conftest import ROOT, run
+from kernels import benchmark, composite_losses, composite_losses_and_copy, gram_matrix, sample_patch_images, style_loss
 
 pytestmark = pytest.mark.skipif(kernels.gram is None, reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -340,3 +343,50 @@ def test_kernels_compile_for_gpus_of_three_generations_without_spilling():
     for name in ("forward", "finish", "backward", "difference", "absolute", "style_backward", "gather"):
         for generation in ("sm_80", "sm_90", "sm_100"):
             assert any(line.startswith(generation) and f" {name}_kernel" in line for line in done.stdout.splitlines())
+
+
+def test_training_with_either_kernels_logs_the_same_losses(tmp_path, monkeypatch):
+    logs = []
+    for backend in ("triton", "eager"):
+        monkeypatch.setattr(sys, "argv", [
+            "train_cgn.py", "--dataset", "colored_mnist", "--offline", "--warmup", "1", "--max-steps", "2",
+            "--log-every", "1", "--sample-every", "0", "--batch-size", "3", "--device", DEVICE, "--amp", "off",
+            "--kernels", backend, "--out", str(tmp_path / backend)])
+        train_cgn.main()
+        lines = [json.loads(line) for line in (tmp_path / backend / "log.jsonl").read_text().splitlines()]
+        logs.append({f"{name} {line['step']}": value for line in lines for name, value in line.items()})
+    assert logs[0] == pytest.approx(logs[1], rel=1e-3) and "style 2" in logs[0]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there is a GPU")
+def test_kernels_that_need_a_gpu_say_so(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    done = run("train_cgn.py", "--dataset", "colored_mnist", "--offline", "--kernels", "triton", "--out",
+               tmp_path / "x", expect=2)
+    assert "--kernels triton" in done.stderr and "needs tensors on a GPU" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_benchmark_writes_its_table(tmp_path):
+    run("kernels/benchmark.py", "--operations", "composite", "--shapes", "mnist", "--no-compile", "--seconds", 0,
+        "--rotate", 4, "--warmup", 0, "--device", "cpu", "--dtypes", "float32", "--out", tmp_path)
+    rows = list(csv.DictReader((tmp_path / "benchmark.csv").open()))
+    assert len(rows) == 3 * 2 * 3 and {row["phase"] for row in rows} == set(benchmark.PHASES)
+    assert all(float(row["median us"]) > 0 and float(row["MB moved"]) > 0 for row in rows)
+    assert (tmp_path / "benchmark.md").read_text().count("\n|") == len(rows) + 2
+    assert "Not timed" in (tmp_path / "benchmark.md").read_text()
+
+
+def test_benchmark_stops_at_a_wrong_result():
+    right = [torch.ones(10), torch.tensor(2.0)]
+    benchmark.check(right, right, torch.float32, "same")
+    for wrong in ([torch.full((10,), torch.nan), right[1]], [right[0], torch.tensor(2.01)]):
+        with pytest.raises(SystemExit, match="a form: result"):
+            benchmark.check(wrong, right, torch.float32, "a form")
+
+
+def test_bytes_are_counted_as_operations_move_them():
+    mask, image = torch.rand(2, 1, 4, 4), torch.rand(2, 3, 4, 4)
+    moved, least = benchmark.count_bytes(lambda m, f: (m * f,), [mask], [image])
+    assert moved[0] == 4 * 2 * 16 * (1 + 3 + 3) == least[0]                           # mask and image in, product out
+    assert moved[1] == 4 * 2 * 16 * (3 + 3 + 3 + 3 + 1) and least[1] == 4 * 2 * 16 * (1 + 3 + 3 + 1)

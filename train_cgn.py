@@ -52,7 +52,7 @@ class UpsampleConv2d(nn.Conv2d):
 
     def forward(self, x):
         kernel = F.avg_pool2d(F.pad(self.weight.flip(2, 3), [1] * 4), 2, 1, divisor_override=1)
-        return F.conv_transpose2d(x, kernel.transpose(0, 1), stride=2, padding=1)
+        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
 
 
 # Both mechanisms keep the numbering of the published state dicts, where the upsampling is a layer of its own.
@@ -192,6 +192,274 @@ class VGG16Features(nn.Module):
                 features.append(x)
                 x = F.max_pool2d(x, 2) if number < len(self.convolutions) else x
         return features
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Networks for ImageNet. Attributes have the names of the published state dicts.
+
+
+def spectral(layer):
+    """Divide the weight by its largest singular value; in training, one power iteration per forward (Miyato 2018)."""
+    return nn.utils.spectral_norm(layer, eps=1e-4)
+
+
+class ConditionalNorm(nn.Module):
+    """Normalise by stored statistics, scale and shift by the condition, ReLU. Batch statistics are never used.
+
+    The tables have a row for truncation 0, 0.02, ..., 1. Without a condition, weight and bias are learnt directly.
+    """
+
+    def __init__(self, channels, condition):
+        super().__init__()
+        if not condition:
+            self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_means", torch.zeros(51, channels))
+        self.register_buffer("running_vars", torch.ones(51, channels))
+        if condition:
+            self.scale = spectral(nn.Linear(condition, channels, bias=False))
+            self.offset = spectral(nn.Linear(condition, channels, bias=False))
+
+    def statistics(self, truncation):
+        """Mean and 1 / standard deviation of each channel, (C,), between the two nearest rows.
+
+        Published code gives the two rows each other's weights, and takes a wrong row where truncation / 0.02 is not
+        exact in floating point, as at 0.14. On the grid, as at 0.5 and 1, both agree.
+        """
+        row = min(int(truncation * 50), 49)
+        mean, variance = (torch.lerp(table[row], table[row + 1], truncation * 50 - row)
+                          for table in (self.running_means, self.running_vars))
+        return mean, (variance + 1e-4).rsqrt()
+
+    def forward(self, x, condition, truncation):
+        """x: (N, C, H, W). condition: (N, condition). One product and sum per element, then the ReLU."""
+        if hasattr(self, "folded"):
+            gain, shift = self.folded(condition).chunk(2, 1)
+        else:
+            mean, scale = self.statistics(truncation)
+            gain = scale * (1 + self.scale(condition) if hasattr(self, "scale") else self.weight[None])
+            shift = (self.offset(condition) if hasattr(self, "offset") else self.bias[None]) - mean * gain
+        return torch.addcmul(shift[..., None, None].to(x.dtype), x, gain[..., None, None].to(x.dtype)).relu_()
+
+    def fold(self, truncation):
+        """Gain and shift become one linear layer of the condition, for this truncation only."""
+        mean, scale = self.statistics(truncation)
+        if hasattr(self, "scale"):
+            gain_weight = scale[:, None] * self.scale.weight
+            weight, gain = [gain_weight, self.offset.weight - mean[:, None] * gain_weight], scale
+            shift = -mean * gain
+            del self.scale, self.offset
+        else:
+            gain = scale * self.weight
+            weight, shift = [], self.bias - mean * gain
+        inputs = weight[0].shape[1] if weight else 0       # the last norm does not see the condition
+        self.folded = nn.Linear(inputs, 2 * len(mean))
+        self.folded.weight.data = torch.cat(weight) if weight else mean.new_zeros(2 * len(mean), 0)
+        self.folded.bias.data = torch.cat([gain, shift])
+
+
+class GenBlock(nn.Module):
+    """BigGAN-deep's residual block with a bottleneck: (N, inputs, H, W) -> (N, outputs, H or 2 H, W or 2 W)."""
+
+    def __init__(self, inputs, outputs, condition, up):
+        super().__init__()
+        middle, self.outputs, self.up = inputs // 4, outputs, up
+        for k, (a, b, size) in enumerate([(inputs, middle, 1), (middle, middle, 3), (middle, middle, 3),
+                                          (middle, outputs, 1)]):
+            form = UpsampleConv2d if up and k == 1 else nn.Conv2d
+            self.add_module(f"bn_{k}", ConditionalNorm(a, condition))
+            self.add_module(f"conv_{k}", spectral(form(a, b, size, padding=size // 2)))
+
+    def forward(self, x, condition, truncation):
+        h = x
+        for k in range(4):
+            h = getattr(self, f"conv_{k}")(getattr(self, f"bn_{k}")(h, condition, truncation))
+        x = x[:, :self.outputs]                            # the second half is dropped where they become fewer
+        return h + (F.interpolate(x, scale_factor=2) if self.up else x)
+
+
+class SelfAttention(nn.Module):
+    """Each position looks at all positions of the half-sized image (Zhang et al. 2019, as in BigGAN)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.zeros(1))
+        for name, a, b in (("theta", channels, channels // 8), ("phi", channels, channels // 8),
+                           ("g", channels, channels // 2), ("o_conv", channels // 2, channels)):
+            self.add_module(f"snconv1x1_{name}", spectral(nn.Conv2d(a, b, 1, bias=False)))
+
+    def forward(self, x, condition, truncation):
+        query, key, value = self.snconv1x1_theta(x), self.snconv1x1_phi(x), self.snconv1x1_g(x)
+        key, value = F.max_pool2d(key, 2), F.max_pool2d(value, 2)
+        query, key, value = (t.flatten(2).transpose(1, 2) for t in (query, key, value))                # (N, H W, C)
+        seen = F.scaled_dot_product_attention(query, key, value, scale=1.0)
+        seen = seen.transpose(1, 2).unflatten(2, x.shape[2:])
+        return torch.addcmul(x, self.gamma.to(x.dtype), self.snconv1x1_o_conv(seen))
+
+
+class BigGAN(nn.Module):
+    """The generator of BigGAN-deep (Brock et al. 2019). Without arguments, the one for 256 x 256.
+
+    layers: (doubles the size, inputs, outputs) of each block, in units of channel_width. Self-attention comes before
+    the block at attention_layer_position.
+    """
+    LAYERS = ((False, 16, 16), (True, 16, 16), (False, 16, 16), (True, 16, 8), (False, 8, 8), (True, 8, 8),
+              (False, 8, 8), (True, 8, 4), (False, 4, 4), (True, 4, 2), (False, 2, 2), (True, 2, 1))
+
+    def __init__(self, output_dim=256, z_dim=128, class_embed_dim=128, channel_width=128, num_classes=1000,
+                 layers=LAYERS, attention_layer_position=8):
+        super().__init__()
+        assert 4 * 2 ** sum(up for up, _, _ in layers) == output_dim, "blocks that double the size make it output_dim"
+        self.z_dim, condition = z_dim, z_dim + class_embed_dim
+        self.embeddings = nn.Linear(num_classes, class_embed_dim, bias=False)
+        self.generator = generator = nn.Module()
+        generator.gen_z = spectral(nn.Linear(condition, 4 * 4 * layers[0][1] * channel_width))
+        generator.layers = nn.ModuleList()
+        for position, (up, inputs, outputs) in enumerate(layers):
+            if position == attention_layer_position:
+                generator.layers.append(SelfAttention(inputs * channel_width))
+            generator.layers.append(GenBlock(inputs * channel_width, outputs * channel_width, condition, up))
+        generator.bn = ConditionalNorm(layers[-1][2] * channel_width, 0)
+        generator.conv_to_rgb = spectral(nn.Conv2d(layers[-1][2] * channel_width, layers[-1][2] * channel_width, 3,
+                                                   padding=1))
+
+    def class_vectors(self, y):
+        """y: classes (N,). Returns their embeddings (N, class_embed_dim), which can be mixed to go between classes."""
+        return F.embedding(y, self.embeddings.weight.t())
+
+    def forward(self, z, y, truncation):
+        """z: (N, z_dim), truncated normal times truncation. y: classes (N,), or class vectors. (N, 3, H, W) in [-1, 1].
+
+        truncation: in (0, 1], chooses the statistics. Activations are channels last, as the first layer makes them.
+        """
+        generator = self.generator
+        condition = torch.cat([z, y if y.is_floating_point() else self.class_vectors(y)], 1)
+        h = generator.gen_z(condition).unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)
+        for layer in generator.layers:
+            h = layer(h, condition, truncation)
+        h = generator.bn(h, condition[:, :0], truncation)
+        rgb = generator.conv_to_rgb
+        if hasattr(rgb, "weight_orig"):
+            for hook in rgb._forward_pre_hooks.values():   # sets rgb.weight; only 3 of its outputs are computed
+                hook(rgb, None)
+        return F.conv2d(h, rgb.weight[:3], rgb.bias[:3], padding=1).tanh()
+
+
+class ConvNormReLU(nn.Module):
+    def __init__(self, inputs, outputs, dilation=1):
+        super().__init__()
+        self.conv_s1 = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)
+        self.bn_s1 = nn.BatchNorm2d(outputs)
+
+    def forward(self, x):
+        return F.relu_(self.bn_s1(self.conv_s1(x)))
+
+
+def resize_like(x, other):
+    return x if x.shape[2:] == other.shape[2:] else F.interpolate(x, other.shape[2:], mode="bilinear", align_corners=True)
+
+
+class RSU(nn.Module):
+    """Residual U-block of U^2-Net: a U-Net of `depth` levels around the features of its first convolution.
+
+    dilated: dilations 1, 2, 4, ... instead of pooling (RSU-4F).
+    """
+
+    def __init__(self, inputs, middle, outputs, depth, dilated):
+        super().__init__()
+        self.depth, self.dilated = depth, dilated
+        dilation = [2 ** i if dilated else 1 for i in range(depth - 1)] + [2 ** (depth - 1) if dilated else 2]
+        self.rebnconvin = ConvNormReLU(inputs, outputs)
+        for i in range(depth):
+            self.add_module(f"rebnconv{i + 1}", ConvNormReLU(middle if i else outputs, middle, dilation[i]))
+        for i in reversed(range(depth - 1)):
+            self.add_module(f"rebnconv{i + 1}d", ConvNormReLU(2 * middle, middle if i else outputs, dilation[i]))
+
+    def forward(self, x):
+        h = entry = self.rebnconvin(x)
+        levels = []
+        for i in range(1, self.depth):
+            if levels and not self.dilated:
+                h = F.max_pool2d(h, 2, ceil_mode=True)
+            h = getattr(self, f"rebnconv{i}")(h)
+            levels.append(h)
+        h = getattr(self, f"rebnconv{self.depth}")(h)
+        for i in reversed(range(1, self.depth)):
+            h = getattr(self, f"rebnconv{i}d")(torch.cat([resize_like(h, levels[i - 1]), levels[i - 1]], 1))
+        return h + entry
+
+
+class U2Net(nn.Module):
+    """Saliency (Qin et al. 2020): (N, 3, H, W), here images in [-1, 1] as they are -> mask (N, 1, H, W) in (0, 1)."""
+
+    def __init__(self, small=False):
+        super().__init__()
+        widths = [64] * 6 if small else [64, 128, 256, 512, 512, 512]                    # of the encoder's stages
+        middles = [16] * 6 if small else [32, 32, 64, 128, 256, 256]
+        decoder = [64] * 5 if small else [64, 64, 128, 256, 512]
+        decoder_middles = [16] * 5 if small else [16, 32, 64, 128, 256]
+        depths = [7, 6, 5, 4, 4, 4]
+        for i in range(6):
+            self.add_module(f"stage{i + 1}", RSU(widths[i - 1] if i else 3, middles[i], widths[i], depths[i], i >= 4))
+        for i in reversed(range(5)):
+            inputs = widths[i] + (decoder[i + 1] if i < 4 else widths[5])
+            self.add_module(f"stage{i + 1}d", RSU(inputs, decoder_middles[i], decoder[i], depths[i], i >= 4))
+        for i, channels in enumerate([*decoder, widths[5]]):
+            self.add_module(f"side{i + 1}", nn.Conv2d(channels, 1, 3, padding=1))
+        self.outconv = nn.Conv2d(6, 1, 1)
+
+    def forward(self, x):
+        stages, h = [], x
+        for i in range(1, 7):
+            h = getattr(self, f"stage{i}")(F.max_pool2d(h, 2, ceil_mode=True) if stages else h)
+            stages.append(h)
+        sides = [self.side6(h)]
+        for i in range(5, 0, -1):
+            h = getattr(self, f"stage{i}d")(torch.cat([resize_like(h, stages[i - 1]), stages[i - 1]], 1))
+            sides.insert(0, getattr(self, f"side{i}")(h))
+        return self.outconv(torch.cat([resize_like(side, sides[0]) for side in sides], 1)).sigmoid()
+
+
+class ImageNetCGN(nn.Module):
+    """A frozen BigGAN as the source of targets, three trainable ones as mechanisms, and a frozen U^2-Net for masks."""
+
+    def __init__(self, small_u2net=False, **config):
+        super().__init__()
+        self.biggan_GT, self.f_shape, self.f_text, self.f_bg = (BigGAN(**config) for _ in range(4))
+        self.u2net = U2Net(small_u2net)
+        self.biggan_GT.requires_grad_(False)
+        self.u2net.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.biggan_GT.eval()                              # frozen: neither power iterations nor batch statistics
+        self.u2net.eval()
+        return self
+
+    def mask(self, premask):
+        return self.u2net(premask).float().clamp(1e-4, 1 - 1e-4)
+
+    def forward(self, z, y, truncation):
+        """z: (N, z_dim). y: classes (N, 3) of shape, texture and background, or class vectors (N, 3, class_embed_dim).
+
+        Returns premask, mask (N, 1, H, W), foreground and background, (N, 3, H, W) in [-1, 1] but for the mask.
+        """
+        premask = self.f_shape(z, y[:, 0], truncation)
+        return premask, self.mask(premask), self.f_text(z, y[:, 1], truncation), self.f_bg(z, y[:, 2], truncation)
+
+
+@torch.no_grad()
+def fold(network, truncation=1.0):
+    """Constants into weights, in place: spectral norms, BatchNorms, and conditional norms for this truncation."""
+    for module in network.modules():
+        if hasattr(module, "weight_orig"):
+            nn.utils.remove_spectral_norm(module)
+    for module in list(network.modules()):
+        if isinstance(module, ConditionalNorm):
+            module.fold(truncation)
+        elif isinstance(module, ConvNormReLU):
+            module.conv_s1 = nn.utils.fuse_conv_bn_eval(module.conv_s1, module.bn_s1)
+            module.bn_s1 = nn.Identity()
+    return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

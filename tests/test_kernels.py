@@ -51,6 +51,7 @@ def composite_inputs(n, height, width, dtype):
     torch.manual_seed(n * 100 + height)
     mask = torch.rand(n, 1, height, width).clamp(1e-4, 1 - 1e-4)
     mask[0] *= 0.05                                        # below the interval
+    mask[-1, 0, 0, -1], mask[-1, 0, -1, 0] = 1e-4, 1 - 1e-4
     mask[-1, 0, 0, 0] = 0.0
     mask[-1, 0, -1, -1] = 1.0
     images = torch.randn(3, n, 3, height, width)

@@ -7,17 +7,33 @@
 A data set is a folder of chunk_00000.pt, chunk_00001.pt, ..., each with `images`, uint8 (n, 3, 32, 32), and `labels`,
 uint8 (n, 3): the classes of shape, texture and background. dataset.json is written last, when all chunks are there.
 Image i depends on the seed, --per-shape and i alone, so an interrupted run goes on with --resume.
+
+    python generate.py --dataset imagenet --weights cgn.pth --n 50000 --out runs/counterfactuals
+    python generate.py --dataset imagenet --weights cgn.pth --shape tabby --texture zebra --background 970 --n 8 --out runs/cats
+    python generate.py --dataset imagenet --weights cgn.pth --interpolate texture --to zebra --shape tabby --out runs/morph
+
+ImageNet's are files, counterfactual/0000000.jpg, ..., and labels.csv, a row for each that is there.
 """
 import argparse
+import concurrent.futures
+import csv
+import difflib
 import hashlib
+import io
+import json
 from pathlib import Path
 
 import torch
+import torchvision
+from PIL import Image
 
 from data.mnist import SIZE
-from data.runs import (UserError, claim_folder, describe_run, load_tensors, non_negative_int, pick_device,
-                       positive_int, run_main, save_png, save_tensors, tile_sheet, write_json)
-from train_cgn import CLASSES, LATENT, load_generator, sample_sheet, shuffle_patches
+from data.runs import (ROOT, StopSignal, UserError, claim_folder, describe_run, join_ranks, load_tensors,
+                       non_negative_int, pick_bf16, pick_device, positive_int, rank_and_ranks, run_main, save_png,
+                       save_tensors, tile_sheet, truncation, wait_for_ranks, write_atomically, write_json)
+from data.weights import bare_names, check_state_dict
+from train_cgn import (CLASSES, LATENT, SMALL, ImageNetCGN, fold, load_generator, sample_sheet, shuffle_patches,
+                       truncated_normal)
 
 CHUNK = 2_000                                              # images in a file
 BLOCK = 1_000                                              # random numbers are drawn for so many images at a time
@@ -153,6 +169,244 @@ def write_sheets(cgn, args, out, device):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# ImageNet
+
+
+def load_imagenet_generator(path, raw=False):
+    """The mechanisms and U^2-Net from our weights.pt or the published cgn.pth, as ImageNetCGN in eval mode, and args.
+
+    The frozen cGAN is left out. Raises UserError for a file that is missing, damaged or of another network.
+    """
+    content = load_tensors(path)
+    args = content.get("args", {}) if isinstance(content, dict) else {}
+    small = args.get("preset") == "small"
+    state = bare_names(content.get("average", content) if isinstance(content, dict) else content, path)
+    if raw and "generator" in content:
+        state |= content["generator"]
+    with torch.device("meta"):
+        cgn = ImageNetCGN(small, cgan=False, **(SMALL if small else {}))
+    state = {name: value for name, value in state.items() if not name.startswith("biggan_GT.")}
+    state = check_state_dict(state, cgn.state_dict(), path)
+    cgn.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in state.items()},
+                        assign=True)
+    return cgn.eval(), args
+
+
+def class_number(text):
+    """A class by its number or by (part of) its English name. Raises UserError, with suggestions."""
+    names = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
+    if text.isdigit() or text[:1] == "-":
+        if text.isdigit() and int(text) < len(names):
+            return int(text)
+        raise UserError(f"class {text}: ImageNet has classes 0 to {len(names) - 1}")
+    lower = [name.lower() for name in names]
+    exact = [number for number, name in enumerate(lower) if name == text.lower()]
+    found = exact or [number for number, name in enumerate(lower) if text.lower() in name]
+    if len(found) == 1 or exact:
+        return found[0]
+    close = [names[number] for number in found] or difflib.get_close_matches(text.lower(), lower, 4)
+    raise UserError(f"class {text!r}: {'more than one class' if found else 'no class'} of that name"
+                    + (f"; meant {', '.join(close[:6])}?" if close else ""))
+
+
+def choices_of(args):
+    """The classes that each mechanism may draw: three lists."""
+    best = json.loads((ROOT / "data" / "imagenet.json").read_text())["best_classes"]
+    given = [args.shape, args.texture, args.background]
+    lists = [best[name] if args.mode == "best" else list(range(1000)) for name in ("shape", "texture", "background")]
+    return [[class_number(text) for text in some] if some else every for some, every in zip(given, lists)]
+
+
+def draw_image(seed, number, z_dim, choices):
+    """Latent (z_dim,) before truncation, and the classes (3,) of image `number`: a stream of its own for each."""
+    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7]))
+    z = truncated_normal((z_dim,), generator)
+    return z, torch.tensor([some[int(torch.randint(len(some), (), generator=generator))] for some in choices])
+
+
+@torch.inference_mode()
+def imagenet_images(cgn, z, y, args, save=("counterfactual",)):
+    """Images by name, uint8 (N, 1 or 3, H, W), of latents (N, z_dim) and three classes or class vectors each.
+
+    Counterfactual: with the three classes given. Composite: with the class of the shape everywhere.
+    """
+    dtype = cgn.u2net.outconv.weight.dtype
+    z = (args.truncation * z).to(dtype)
+    shape, texture, background = (c.to(dtype) if c.is_floating_point() else c for c in y.unbind(1))
+    images, wanted = {}, set(save)
+    if wanted & {"premask", "mask", "composite", "counterfactual"}:
+        images["premask"] = cgn.f_shape(z, shape, args.truncation)
+    if wanted & {"mask", "composite", "counterfactual"}:
+        images["mask"] = cgn.u2net(images["premask"].to(dtype)).clamp(1e-4, 1 - 1e-4)
+    if wanted & {"foreground", "counterfactual"}:
+        images["foreground"] = cgn.f_text(z, texture, args.truncation)
+    if wanted & {"background", "counterfactual"}:
+        images["background"] = cgn.f_bg(z, background, args.truncation)
+    if "counterfactual" in wanted:
+        images["counterfactual"] = torch.lerp(images["background"], images["foreground"], images["mask"])
+    if "composite" in wanted:
+        textures = (f(z, shape, args.truncation) for f in (cgn.f_bg, cgn.f_text))
+        images["composite"] = torch.lerp(*textures, images["mask"])
+    return {name: (images[name] if name == "mask" else images[name] / 2 + 0.5).mul(255).round().to(torch.uint8)
+            for name in save}
+
+
+def write_picture(path, image):
+    """Encode a uint8 (1 or 3, H, W) by the file's ending and write it, whole or not at all."""
+    encode = torchvision.io.encode_png if path.suffix == ".png" else torchvision.io.encode_jpeg
+    data = encode(image, **({} if path.suffix == ".png" else {"quality": 95})).numpy().tobytes()
+    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+
+
+COLUMNS = ("file", "shape", "texture", "background", "shape_name", "texture_name", "background_name", "seed")
+
+
+def label_row(args, number, classes):
+    names = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
+    return [f"{args.save[0]}/{number:07d}.{args.format}", *classes, *(names[c] for c in classes), args.seed]
+
+
+def write_labels(out, args, rows):
+    """labels.csv with these rows in order; every one has its files."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(rows[number] for number in sorted(rows))])
+    write_atomically(out / "labels.csv", lambda temporary: temporary.write_text(text.getvalue()))
+
+
+def generate_imagenet(cgn, args, out, device):
+    """Write the pictures that are missing, and a row of labels.csv for each one that is complete.
+
+    Batches begin at multiples of --batch-size and are always full: a network rounds differently for other sizes. Ranks
+    take turns. Pictures are encoded and written by threads while the device makes the next batch.
+    """
+    (rank, ranks), choices, stop = rank_and_ranks(), choices_of(args), StopSignal()
+    z_dim, size, end = cgn.f_shape.z_dim, args.batch_size, args.start + args.n
+    for name in args.save:
+        (out / name).mkdir(exist_ok=True)
+
+    def drawn(number):
+        return draw_image(args.seed, number, z_dim, choices)
+
+    def files(number):
+        return [out / name / f"{number:07d}.{args.format}" for name in args.save]
+
+    complete = {n for n in range(args.start, end) if all(file.is_file() for file in files(n))}
+    wait_for_ranks()
+    if rank == 0:                                          # what an interruption left without a row gets one now
+        write_labels(out, args, {n: label_row(args, n, drawn(n)[1].tolist()) for n in complete})
+    wait_for_ranks()
+    batches = range(args.start // size, -(-end // size))
+    with concurrent.futures.ThreadPoolExecutor(8) as pool, open(out / "labels.csv", "a", newline="") as table:
+        pending = []
+
+        def finish():
+            for number, classes, writes in pending:
+                for write in writes:
+                    write.result()
+                csv.writer(table, lineterminator="\n").writerow(label_row(args, number, classes))
+            table.flush()
+            pending.clear()
+
+        for batch in batches[rank::ranks]:
+            numbers = range(batch * size, (batch + 1) * size)
+            missing = [n for n in numbers if args.start <= n < end and n not in complete]
+            if not missing:
+                continue
+            z, y = (torch.stack(column) for column in zip(*map(drawn, numbers)))
+            images = {name: x.cpu() for name, x in
+                      imagenet_images(cgn, z.to(device), y.to(device), args, args.save).items()}
+            finish()                                       # the batch before, written meanwhile
+            for n in missing:
+                writes = [pool.submit(write_picture, file, images[name][n - batch * size])
+                          for name, file in zip(args.save, files(n))]
+                pending.append((n, y[n - batch * size].tolist(), writes))
+            if rank == 0:
+                print(f"\r{min(numbers[-1] + 1, end) - args.start}/{args.n} images", end="", flush=True)
+            if stop:
+                break
+        finish()
+    wait_for_ranks()
+    if rank == 0:                                          # in order, whatever rank was first
+        complete = [n for n in range(args.start, end) if all(file.is_file() for file in files(n))]
+        write_labels(out, args, {n: label_row(args, n, drawn(n)[1].tolist()) for n in complete})
+        print(f"\n{out}: {len(complete)} of {args.n} images, labels.csv"
+              + ("; go on with the same command and --resume" if stop else ""))
+
+
+LEGS = {"shape": [[0]], "texture": [[1]], "background": [[2]], "all": [[0, 1, 2]], "tour": [[1], [2], [0]]}
+
+
+def class_vectors(cgn, y):
+    """Classes (N, 3) -> class vectors (N, 3, class_embed_dim), of each mechanism's own embedding."""
+    return torch.stack([f.class_vectors(c) for f, c in zip((cgn.f_shape, cgn.f_text, cgn.f_bg), y.unbind(1))], 1)
+
+
+def interpolate_imagenet(cgn, args, out, device):
+    """To the class --to, by class vectors with z fixed: frames, a sheet with a row for each leg, and a GIF there and back."""
+    z, y = (x[None].to(device) for x in draw_image(args.seed, args.start, cgn.f_shape.z_dim, choices_of(args)))
+    goal, points = class_vectors(cgn, torch.full_like(y, class_number(args.to))), [class_vectors(cgn, y)]
+    for leg in LEGS[args.interpolate]:
+        points.append(points[-1].clone())
+        points[-1][:, leg] = goal[:, leg]
+    path = [torch.lerp(a, b, t) for a, b in zip(points, points[1:]) for t in torch.linspace(0, 1, args.frames).tolist()]
+    images = torch.cat([imagenet_images(cgn, z, y, args)["counterfactual"].cpu() for y in path])
+    for number, image in enumerate(images):
+        write_picture(out / f"frame_{number:03d}.png", image)
+    save_png(out / "sheet.png", tile_sheet(images.unflatten(0, (-1, args.frames)) / 255, scale=1))
+    frames = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in torch.cat([images, images.flip(0)])]
+    write_atomically(out / "animation.gif", lambda temporary: frames[0].save(
+        temporary, format="GIF", save_all=True, append_images=frames[1:], duration=80, loop=0))
+    print(f"{out}: {len(images)} frames, sheet.png, animation.gif")
+
+
+def imagenet_sheet(cgn, args, out, device):
+    """Rows are images --start, ...: premask, mask, foreground, background, counterfactual and composite."""
+    save, choices = SAVED, choices_of(args)
+    z, y = (torch.stack(column).to(device) for column in
+            zip(*(draw_image(args.seed, args.start + row, cgn.f_shape.z_dim, choices) for row in range(8))))
+    images = imagenet_images(cgn, z, y, args, save)
+    columns = torch.stack([images[name].expand(-1, 3, -1, -1) for name in save], 1).float() / 255
+    save_png(out / "sheet.png", tile_sheet(columns, save, ["/".join(map(str, row)) for row in y.tolist()], scale=1))
+    print(f"{out}: sheet.png")
+
+
+SAVED = ("premask", "mask", "foreground", "background", "counterfactual", "composite")
+
+
+def check_settings(out, args):
+    """Refuse to mix pictures of different settings in one folder."""
+    if (out / "args.json").is_file():
+        before = json.loads((out / "args.json").read_text())["args"]
+        for name in ("weights", "seed", "truncation", "mode", "shape", "texture", "background", "save", "format", "amp",
+                     "raw_weights", "batch_size"):
+            now = getattr(args, name)
+            if before.get(name) != (str(now) if isinstance(now, Path) else now):
+                raise UserError(f"--resume: {out} was made with {name} = {before.get(name)}, not {now}; give the same "
+                                "flags, or choose another --out")
+
+
+def main_imagenet(args):
+    if args.interpolate and not args.to:
+        raise UserError("--interpolate: needs --to, the class to go to")
+    choices_of(args)                                       # unknown classes show now
+    device = join_ranks(pick_device(args.device))
+    cgn, trained = load_imagenet_generator(args.weights, args.raw_weights)
+    if trained.get("dataset", "imagenet") != "imagenet":
+        raise UserError(f"--dataset imagenet: {args.weights} was trained on {trained['dataset']}")
+    if trained.get("offline"):
+        print("OFFLINE weights: random networks. These images say nothing of ImageNet.")
+    dtype = torch.bfloat16 if pick_bf16(args.amp, device) else torch.float32
+    cgn = fold(cgn, args.truncation).to(device, dtype)
+    if rank_and_ranks()[0] == 0:
+        out = claim_folder(args.out, __file__, args.resume)
+        check_settings(out, args)
+        describe_run(out, __file__, args)
+    wait_for_ranks()
+    do = interpolate_imagenet if args.interpolate else imagenet_sheet if args.sheet else generate_imagenet
+    do(cgn, args, args.out, device)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Command line
 
 
@@ -174,16 +428,34 @@ def parse_args(argv=None):
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     parser.add_argument("--offline", action="store_true", help="for symmetry with the other scripts: nothing is ever "
                         "fetched here")
+    net = parser.add_argument_group("ImageNet")
+    net.add_argument("--start", type=non_negative_int, default=0, help="number of the first image, to split a data set")
+    net.add_argument("--mode", choices=["random", "best"], default="random", help="draw from all classes, or from the "
+                     "authors' lists of good ones for each mechanism")
+    for name in ("shape", "texture", "background"):
+        net.add_argument(f"--{name}", nargs="+", metavar="CLASS", help=f"draw the {name} from these instead: numbers, or "
+                         "(parts of) English names")
+    net.add_argument("--truncation", type=truncation, default=0.5, help="of the latents, (0, 1]: less is less varied")
+    net.add_argument("--save", nargs="+", choices=SAVED, default=["counterfactual"], help="pictures to write; composite "
+                     "has the shape's class everywhere")
+    net.add_argument("--format", choices=["jpg", "png"], default="jpg", help="of the pictures")
+    net.add_argument("--interpolate", choices=list(LEGS), help="frames to class --to in one mechanism, in all, or in one "
+                     "after the other")
+    net.add_argument("--to", metavar="CLASS", help="where --interpolate goes")
+    net.add_argument("--frames", type=positive_int, default=9, help="of each leg of --interpolate")
+    net.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto", help="bf16 arithmetic")
     args = parser.parse_args(argv)
     if args.factual:
         args.per_shape = 1
+    if args.dataset == "imagenet" and args.batch_size == parser.get_default("batch_size"):
+        args.batch_size = 16
     return args
 
 
 def main():
     args = parse_args()
     if args.dataset == "imagenet":
-        raise UserError("--dataset imagenet: not yet; this version generates the MNIST variants")
+        return main_imagenet(args)
     device = pick_device(args.device)
     cgn, trained = load_generator(args.weights, raw=args.raw_weights)
     if args.dataset and trained.get("dataset", args.dataset) != args.dataset:

@@ -11,18 +11,24 @@ The run folder gets args.json, log.jsonl, samples/*.png, checkpoint.pt (everythi
 generator alone, for generate.py).
 """
 import argparse
+import contextlib
+import functools
+import math
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from data.checkpoints import FROZEN, restore_training, save_training, step_seed
 from data.mnist import SIZE, VARIANTS, load_variant, to_float
-from data.runs import (DOWNLOADS, Log, StopSignal, UserError, claim_folder, describe_run, fraction, load_tensors,
-                       non_negative_float, non_negative_int, pick_bf16, pick_device, plain, positive_int, run_main,
-                       save_png, save_tensors, tile_sheet)
-from data.weights import check_state_dict, load_vgg16_features, random_vgg16_features
-from kernels import composite_losses_and_copy, style_loss, use_triton
+from data.runs import (DOWNLOADS, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction, join_ranks,
+                       load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16, pick_device,
+                       positive_int, rank_and_ranks, run_main, save_png, tile_sheet, truncation)
+from data.weights import (STYLE_CONVOLUTIONS, VGG16Features, check_state_dict, load_network, load_vgg16_features,
+                          random_vgg16_features)
+from kernels import composite_losses_and_copy, sample_patch_images, style_loss, use_triton
 
 # The published settings, except for what the README lists as different. A flag given on the command line wins.
 PRESETS = {
@@ -32,11 +38,20 @@ PRESETS = {
                                  binary_weight=0.3, style_weights=[0.0, 0.05, 0.0, 0.05]),
     "wildlife_mnist": dict(discriminator="conv", ndf=32, init="normal", init_gain=0.03,
                            binary_weight=0.3, style_weights=[0.01, 0.05, 0.0, 0.01]),
+    "imagenet": dict(binary_weight=300.0, style_weights=[4.0, 4.0, 4.0, 4.0], max_steps=300, ema=0.95, log_every=1,
+                     sample_every=10, save_every=10, batch_size=16, accumulate=250),
+    "imagenet small": dict(max_steps=600, ema=0.99, log_every=20, sample_every=100, save_every=100, batch_size=8,
+                           accumulate=1, lr_shape=1e-3, lr_texture=1e-3, lr_background=1e-3),
 }
+# Arguments that a resumed run may change.
+FREE = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "out", "resume", "device", "kernels", "weights",
+        "data_dir", "weights_dir"}
+# --preset small of ImageNet: 64 x 64, a hundredth of the weights, and the small U^2-Net.
+SMALL = dict(output_dim=64, z_dim=32, class_embed_dim=32, channel_width=8, attention_layer_position=4,
+             layers=((False, 16, 16), (True, 16, 8), (False, 8, 8), (True, 8, 4), (True, 4, 2), (True, 2, 1)))
 CLASSES = 10
 LATENT = 32                                                # numbers in z, for each mechanism
 EMBEDDING = 10                                             # numbers in a class's embedding
-STYLE_CONVOLUTIONS = (2, 4, 7, 10)                         # relu1_2, relu2_2, relu3_3, relu4_3: VGG-16's n-th layers
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -170,28 +185,6 @@ def initialize(network, init, gain):
             nn.init.normal_(module.weight, 1.0, gain)
         if getattr(module, "bias", None) is not None:
             nn.init.zeros_(module.bias)
-
-
-class VGG16Features(nn.Module):
-    """Frozen VGG-16 from a `features.*` state dict, only as deep as the state dict goes."""
-
-    def __init__(self, state):
-        super().__init__()
-        weights = [value for key, value in state.items() if key.endswith("weight")]
-        self.convolutions = nn.ModuleList(nn.Conv2d(w.shape[1], w.shape[0], 3, padding=1) for w in weights)
-        for convolution, (weight, bias) in zip(self.convolutions, zip(*[iter(state.values())] * 2)):
-            convolution.weight.data, convolution.bias.data = weight, bias
-        self.requires_grad_(False).to(memory_format=torch.channels_last)
-
-    def forward(self, image):
-        """image: (N, 3, H, W) in [-1, 1]. Returns the features before each max-pool, in the weights' dtype."""
-        x, features = image.to(self.convolutions[0].weight.dtype, memory_format=torch.channels_last), []
-        for number, convolution in enumerate(self.convolutions, 1):
-            x = F.relu_(convolution(x))
-            if number in STYLE_CONVOLUTIONS:
-                features.append(x)
-                x = F.max_pool2d(x, 2) if number < len(self.convolutions) else x
-        return features
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,7 +334,7 @@ class BigGAN(nn.Module):
         if hasattr(rgb, "weight_orig"):
             for hook in rgb._forward_pre_hooks.values():   # sets rgb.weight; only 3 of its outputs are computed
                 hook(rgb, None)
-        return F.conv2d(h, rgb.weight[:3], rgb.bias[:3], padding=1).tanh()
+        return F.conv2d(h, rgb.weight[:3], rgb.bias[:3], padding=1).float().tanh()
 
 
 class ConvNormReLU(nn.Module):
@@ -416,35 +409,34 @@ class U2Net(nn.Module):
         for i in range(5, 0, -1):
             h = getattr(self, f"stage{i}d")(torch.cat([resize_like(h, stages[i - 1]), stages[i - 1]], 1))
             sides.insert(0, getattr(self, f"side{i}")(h))
-        return self.outconv(torch.cat([resize_like(side, sides[0]) for side in sides], 1)).sigmoid()
+        return self.outconv(torch.cat([resize_like(side, sides[0]) for side in sides], 1)).float().sigmoid()
 
 
 class ImageNetCGN(nn.Module):
     """A frozen BigGAN as the source of targets, three trainable ones as mechanisms, and a frozen U^2-Net for masks."""
 
-    def __init__(self, small_u2net=False, **config):
+    def __init__(self, small_u2net=False, cgan=True, **config):
         super().__init__()
-        self.biggan_GT, self.f_shape, self.f_text, self.f_bg = (BigGAN(**config) for _ in range(4))
-        self.u2net = U2Net(small_u2net)
-        self.biggan_GT.requires_grad_(False)
-        self.u2net.requires_grad_(False)
+        if cgan:                                           # needed in training alone
+            self.biggan_GT = BigGAN(**config).requires_grad_(False)
+        self.f_shape, self.f_text, self.f_bg = (BigGAN(**config) for _ in range(3))
+        self.u2net = U2Net(small_u2net).requires_grad_(False)
 
     def train(self, mode=True):
         super().train(mode)
-        self.biggan_GT.eval()                              # frozen: neither power iterations nor batch statistics
-        self.u2net.eval()
+        for frozen in self.children():                     # no power iterations, no batch statistics
+            frozen.train(mode and any(p.requires_grad for p in frozen.parameters()))
         return self
 
-    def mask(self, premask):
-        return self.u2net(premask).float().clamp(1e-4, 1 - 1e-4)
-
     def forward(self, z, y, truncation):
-        """z: (N, z_dim). y: classes (N, 3) of shape, texture and background, or class vectors (N, 3, class_embed_dim).
+        """z: (N, z_dim). y: classes (N, 3) of shape, texture and background.
 
-        Returns premask, mask (N, 1, H, W), foreground and background, (N, 3, H, W) in [-1, 1] but for the mask.
+        Returns premask, mask (N, 1, H, W), foreground, background, and the saliency of the background (N, 1, H, W).
         """
-        premask = self.f_shape(z, y[:, 0], truncation)
-        return premask, self.mask(premask), self.f_text(z, y[:, 1], truncation), self.f_bg(z, y[:, 2], truncation)
+        mechanisms = (self.f_shape, self.f_text, self.f_bg)
+        premask, foreground, background = (f(z, c, truncation) for f, c in zip(mechanisms, y.unbind(1)))
+        masks, saliency = self.u2net(torch.cat([premask, background])).chunk(2)
+        return premask, masks.clamp(1e-4, 1 - 1e-4), foreground, background, saliency
 
 
 @torch.no_grad()
@@ -460,6 +452,37 @@ def fold(network, truncation=1.0):
             module.conv_s1 = nn.utils.fuse_conv_bn_eval(module.conv_s1, module.bn_s1)
             module.bn_s1 = nn.Identity()
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def random_networks(config, small_u2net, seed=0):
+    """State dicts of a BigGAN and a U^2-Net with random weights, and statistics that keep every layer's variance at 1."""
+    def measure(module, inputs):
+        x = inputs[0]
+        mean, variance = ((module.running_means, module.running_vars) if isinstance(module, ConditionalNorm)
+                          else (module.running_mean, module.running_var))
+        mean[:], variance[:] = x.mean((0, 2, 3)), x.var((2, 3)).mean(0)       # within images: they keep structure
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        biggan, u2net = BigGAN(**config).eval(), U2Net(small_u2net).eval()
+        hooks = [module.register_forward_pre_hook(measure) for network in (biggan, u2net)
+                 for module in network.modules() if isinstance(module, (ConditionalNorm, nn.BatchNorm2d))]
+        biggan.generator.conv_to_rgb.bias.zero_()
+        biggan.generator.bn.weight *= 0.01                 # far from the ends of tanh and sigmoid
+        u2net.outconv.weight *= 0.01
+        z, y = torch.randn(8, biggan.z_dim), torch.randint(biggan.embeddings.in_features, (8,))
+        for _ in range(10):                                # power iterations, to know the singular values
+            biggan.train()(z[:1], y[:1], 1.0)
+        images = biggan.eval()(z, y, 1.0)
+        biggan.generator.bn.weight /= images.atanh().std()
+        logits = u2net(images / images.std()).logit()
+        for hook in hooks:
+            hook.remove()
+        factor = 4 / logits.std()                          # decided, as a trained one is
+        u2net.outconv.weight *= factor
+        u2net.outconv.bias.copy_((u2net.outconv.bias - logits.mean()) * factor)
+    return biggan.state_dict(), u2net.state_dict()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -520,6 +543,24 @@ def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, warmup):
     return losses, composed.composite, composed.mask_mean.mean()
 
 
+def imagenet_losses(args, vgg, outputs, x_gt, generator):
+    """Weighted losses by name (section 3.2 and appendix), and the mean mask value of each image.
+
+    outputs: of ImageNetCGN. x_gt: the cGAN's images (N, 3, H, W) of the same latents and classes.
+    """
+    _, mask, foreground, background, saliency = outputs
+    composed, copy = composite_losses_and_copy(mask, foreground, background, x_gt, backend=args.kernels,
+                                               copy_dtype=vgg.convolutions[0].weight.dtype if vgg else None)
+    losses = {"reconstruction": args.reconstruction_weight * composed.l1, "binary": args.binary_weight * composed.binary,
+              "mask": args.mask_weight * composed.mask_interval, "background": args.background_weight * saliency.mean()}
+    if any(args.style_weights):
+        losses["style"] = perceptual_loss(vgg, copy, x_gt, args.style_weights, args.kernels)
+    if any(args.texture_weights):
+        patches = sample_patch_images(x_gt, mask.detach(), generator=generator, backend=args.kernels)
+        losses["texture"] = perceptual_loss(vgg, foreground, patches, args.texture_weights, args.kernels)
+    return losses, composed.mask_mean.detach()
+
+
 def discriminator_loss(discriminator, x_gt, y_gt, x_gen, y_gen):
     """Least squares (Mao et al. 2017): real images to 1, generated ones to 0."""
     if isinstance(discriminator, LinearDiscriminator):     # no batch statistics: one pass gives the same, for half
@@ -551,10 +592,13 @@ def load_generator(path, *, raw=False):
 
 @torch.no_grad()
 def update_average(average, network, decay):
-    """Exponential moving average of all weights and BatchNorm statistics."""
-    pairs = [(a, b) for a, b in zip(average.state_dict().values(), network.state_dict().values())
-             if a.is_floating_point()]
-    torch._foreach_lerp_([a for a, _ in pairs], [b for _, b in pairs], 1 - decay)
+    """Exponential moving average of all weights and BatchNorm statistics; singular vectors are taken over."""
+    new, vectors = network.state_dict(), ("weight_u", "weight_v")
+    pairs = [(a, new[key], key.endswith(vectors)) for key, a in average.state_dict().items()
+             if a.is_floating_point() and not key.startswith(FROZEN)]
+    torch._foreach_lerp_([a for a, _, v in pairs if not v], [b for _, b, v in pairs if not v], 1 - decay)
+    if any(v for *_, v in pairs):
+        torch._foreach_copy_([a for a, _, v in pairs if v], [b for _, b, v in pairs if v])
 
 
 @torch.no_grad()
@@ -576,13 +620,48 @@ def sample_sheet(cgn):
     return tile_sheet(torch.stack(columns, 1) / 2 + 0.5, titles, [str(c) for c in range(CLASSES)])
 
 
+@torch.no_grad()
+def imagenet_sheet(cgn, cgan, truncation):
+    """Rows are classes: premask, mask, foreground, background, composite, the cGAN's image, and a counterfactual."""
+    generator = torch.Generator().manual_seed(0)           # the same latents every time
+    dtype, device = cgan.embeddings.weight.dtype, cgan.embeddings.weight.device
+    classes, rows = cgan.embeddings.in_features, 6
+    y = torch.linspace(0, classes - 1, rows).long().to(device)
+    z = (truncation * truncated_normal((rows, cgan.z_dim), generator)).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+        premask, mask, foreground, background, _ = cgn(z, y[:, None].expand(-1, 3), truncation)
+        target = cgan(z.to(dtype), y, truncation)
+    images = [premask, mask.expand(-1, 3, -1, -1) * 2 - 1, foreground, background,
+              torch.lerp(background, foreground, mask), target,
+              torch.lerp(background.roll(2, 0), foreground.roll(1, 0), mask)]
+    titles = ["premask", "mask", "foreground", "background", "composite", "cGAN", "counterfact."]
+    return tile_sheet(torch.stack(images, 1) / 2 + 0.5, titles, [str(c) for c in y.tolist()], scale=max(1, 96 // len(mask[0, 0])))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-def step_seed(seed, step):
-    """Each step seeds its own random numbers, so that a resumed run draws what an uninterrupted one draws."""
-    return (seed * 1_000_003 + step * 7_919 + 17) % 2 ** 32
+def truncated_normal(shape, generator):
+    """Standard normal on [-2, 2]: what lies outside is drawn again, by inversion of the distribution."""
+    low = 0.5 * (1 + math.erf(-2 / math.sqrt(2)))
+    return torch.special.ndtri(low + (1 - 2 * low) * torch.rand(shape, generator=generator, dtype=torch.float64)).float()
+
+
+def load_imagenet_networks(args, config, small):
+    """ImageNetCGN on the CPU, its four BigGANs alike, and a copy without the cGAN for the moving average."""
+    biggan, u2net = random_networks(config, small, seed=1)
+    if not args.offline:
+        u2net = load_network("u2netp" if small else "u2net", args.weights_dir, args.u2net, u2net)
+        biggan = biggan if small else load_network("biggan", args.weights_dir, args.biggan, biggan)
+    with torch.device("meta"):
+        cgn, average = ImageNetCGN(small, **config), ImageNetCGN(small, cgan=False, **config)
+    for network in (cgn, average):
+        state = {f"{name}.{key}": value.clone() for name, part in network.named_children()
+                 for key, value in (u2net if name == "u2net" else biggan).items()}
+        network.load_state_dict(state, assign=True)
+    return cgn, average
+
 
 
 def epoch_order(count, seed, epoch, device):
@@ -591,9 +670,9 @@ def epoch_order(count, seed, epoch, device):
     return torch.randperm(count, generator=generator).to(device)
 
 
-def load_vgg(args, device, bf16):
+def load_vgg(args, device, bf16, weights):
     """The frozen VGG-16 down to the last layer that has a weight; None if none has."""
-    depth = max([n for n, w in zip(STYLE_CONVOLUTIONS, args.style_weights) if w], default=0)
+    depth = max([n for n, w in zip(STYLE_CONVOLUTIONS, weights) if w], default=0)
     if not depth:
         return None
     state = random_vgg16_features(depth) if args.offline else load_vgg16_features(args.weights_dir, depth)
@@ -611,66 +690,27 @@ def generator_groups(cgn, args):
     return [{"params": others, "lr": args.lr}, {"params": norms, "lr": args.norm_lr}]
 
 
-def save(out, step, args, cgn, average, discriminator, optimizers):
-    """checkpoint.pt holds all that training needs to go on; weights.pt the generator alone, and its average."""
-    generator = {"generator": cgn.state_dict(), "average": average.state_dict(), "args": plain(args), "step": step}
-    save_tensors(out / "weights.pt", generator)
-    save_tensors(out / "checkpoint.pt", generator | {"discriminator": discriminator.state_dict(),
-                                                     "optimizers": [o.state_dict() for o in optimizers]})
-    sheet = sample_sheet(average.eval())
-    save_png(out / "sheet.png", sheet)
-
-
-def restore(path, args, cgn, average, discriminator, optimizers):
-    """Load a checkpoint into everything and return its step. UserError if it belongs to other settings."""
-    content = load_tensors(path)
-    parts = {"generator": cgn, "average": average, "discriminator": discriminator}
-    if not isinstance(content, dict) or not parts.keys() | {"optimizers", "step", "args"} <= content.keys():
-        raise UserError(f"--resume {path}: not a checkpoint of train_cgn.py")
-    free = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "out", "resume", "device", "kernels",
-            "weights", "data_dir", "weights_dir"}
-    for name, value in plain(args).items():
-        if name not in free and content["args"].get(name) != value:
-            raise UserError(f"--resume {path}: was trained with {name} = {content['args'].get(name)}, not {value}; "
-                            "give the same flags, or start a new run with another --out")
-    for name, network in parts.items():
-        network.load_state_dict(check_state_dict(content[name], network.state_dict(), path))
-    for optimizer, state in zip(optimizers, content["optimizers"]):
-        optimizer.load_state_dict(state)
-    return content["step"]
-
-
-def train(args, out, device):
-    bf16 = pick_bf16(args.amp, device)
-    torch.manual_seed(args.seed)
+def prepare_mnist(args, device, bf16):
+    """Networks by name, their optimizers, a function that makes step n and returns its losses, and one for sheets."""
     data, _ = load_variant(args.dataset, args.data_dir, textures=args.textures, offline=args.offline, seed=args.seed,
                            device=device)
-    vgg = load_vgg(args, device, bf16)
+    vgg = load_vgg(args, device, bf16, args.style_weights)
     cgn = load_generator(args.weights)[0].train() if args.weights else MnistCGN(32, args.init, args.init_gain)
     average = MnistCGN().requires_grad_(False)
     average.load_state_dict(cgn.state_dict())
     cgn, average = cgn.to(device), average.to(device)
     discriminator = {"linear": LinearDiscriminator, "conv": ConvDiscriminator}[args.discriminator](args.ndf).to(device)
-    networks = cgn, average, discriminator
     optimizers = [torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True) for groups in (
         generator_groups(cgn, args), [{"params": list(discriminator.parameters()), "lr": args.lr}])]
-
-    start, checkpoint = 0, out / "checkpoint.pt" if args.resume == "auto" else args.resume
-    if args.resume and (args.resume != "auto" or checkpoint.exists()):      # nothing saved yet: begin
-        start = restore(Path(checkpoint), args, *networks, optimizers)
     per_epoch = len(data) // args.batch_size
     if not per_epoch:
         raise UserError(f"--batch-size {args.batch_size}: larger than the {len(data)} training images")
-    last = args.max_steps or args.epochs * per_epoch
-    describe_run(out, __file__, args)
-    log, stop, totals = Log(out / "log.jsonl", start), StopSignal(), {}
-    print(f"{args.dataset}: {len(data)} images on {device}, {'bf16' if bf16 else 'float32'}, steps {start} to {last}")
+    args.last_step = args.max_steps or args.epochs * per_epoch
+    order = functools.lru_cache(1)(lambda epoch: epoch_order(len(data), args.seed, epoch, device))
 
-    for step in range(start, last):
-        if step == start or step % per_epoch == 0:
-            order = epoch_order(len(data), args.seed, step // per_epoch, device)
+    def make_step(step):
         torch.manual_seed(step_seed(args.seed, step))
-        index = order[step % per_epoch * args.batch_size:][:args.batch_size]
+        index = order(step // per_epoch)[step % per_epoch * args.batch_size:][:args.batch_size]
         x_gt, y_gt = to_float(data.images(index, None)), data.labels[index]
         y_gen = y_gt if args.labels == "batch" else torch.randint(CLASSES, (args.batch_size,), device=device)
         z = torch.randn(args.batch_size, LATENT, device=device)
@@ -682,8 +722,7 @@ def train(args, out, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             mask, *textures = cgn(z, y_gen)
         textures = [shuffle_patches(texture, offset) for texture, offset in zip(textures, offsets)]
-        losses, x_gen, mask_mean = generator_losses(args, vgg, discriminator, (mask, *textures), x_gt, y_gen,
-                                                     warmup)
+        losses, x_gen, mask_mean = generator_losses(args, vgg, discriminator, (mask, *textures), x_gt, y_gen, warmup)
         optimizers[0].zero_grad(set_to_none=True)
         sum(losses.values()).backward()
         optimizers[0].step()
@@ -695,24 +734,97 @@ def train(args, out, device):
             optimizers[1].zero_grad(set_to_none=True)
             losses["discriminator"].backward()
             optimizers[1].step()
+        return losses | {"mask": mask_mean}
 
-        for name, value in (losses | {"mask": mask_mean}).items():
+    parts = {"generator": cgn, "average": average, "discriminator": discriminator}
+    return parts, optimizers, make_step, lambda: sample_sheet(average.eval())
+
+
+def prepare_imagenet(args, device, bf16):
+    """As prepare_mnist. A step is one update: args.accumulate batches on each rank, the mean of their gradients."""
+    config, small = (SMALL, True) if args.preset == "small" else ({}, False)
+    dtype, (rank, ranks) = torch.bfloat16 if bf16 else torch.float32, rank_and_ranks()
+    vgg = load_vgg(args, device, bf16, [max(pair) for pair in zip(args.style_weights, args.texture_weights)])
+    cgn, average = load_imagenet_networks(args, config, small)
+    for frozen in (cgn.biggan_GT, cgn.u2net):              # the average's U^2-Net stays as published, to be saved
+        fold(frozen.eval(), args.truncation).to(dtype)
+    cgn, average = cgn.to(device).train(), average.to(device).requires_grad_(False).eval()
+    rates = {cgn.f_shape: args.lr_shape, cgn.f_text: args.lr_texture, cgn.f_bg: args.lr_background}
+    optimizers = [torch.optim.Adam([{"params": list(f.parameters()), "lr": lr} for f, lr in rates.items()], fused=True)]
+    model = torch.nn.parallel.DistributedDataParallel(cgn, broadcast_buffers=False) if ranks > 1 else cgn
+    model = torch.compile(model) if args.compile else model
+    args.last_step, classes = args.max_steps, cgn.f_shape.embeddings.in_features
+
+    def make_step(step):
+        optimizers[0].zero_grad(set_to_none=True)
+        totals = {}
+        for part in range(args.accumulate):
+            # Drawn for all ranks together, on the CPU: the same images whatever the number of ranks.
+            generator = torch.Generator().manual_seed(step_seed(args.seed, step * args.accumulate + part))
+            total = args.batch_size * ranks
+            z = args.truncation * truncated_normal((total, cgn.f_shape.z_dim), generator)
+            y = torch.randint(classes, (total,), generator=generator)
+            z, y = (t.chunk(ranks)[rank].to(device) for t in (z, y))
+            torch.randint(100, (rank * args.batch_size, 36), generator=generator)       # the patches of ranks before
+            last = part + 1 == args.accumulate
+            with contextlib.nullcontext() if last or ranks == 1 else model.no_sync(), \
+                    torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                with torch.no_grad():
+                    x_gt = cgn.biggan_GT(z.to(dtype), y, args.truncation)
+                outputs = model(z, y[:, None].expand(-1, 3), args.truncation)
+                with torch.autocast(device.type, enabled=False):
+                    losses, mask_mean = imagenet_losses(args, vgg, outputs, x_gt, generator)
+                    (sum(losses.values()) / args.accumulate).backward()
+            for name, value in (losses | {"mask_mean": mask_mean.mean(), "mask_spread": mask_mean.std(correction=0)}).items():
+                totals[name] = totals.get(name, 0) + value.detach() / args.accumulate
+        optimizers[0].step()
+        update_average(average, cgn, min(args.ema, (1 + step) / (10 + step)))
+        return totals
+
+    parts = {"generator": cgn, "average": average}
+    return parts, optimizers, make_step, lambda: imagenet_sheet(average, cgn.biggan_GT, args.truncation)
+
+
+def train(args, out, device):
+    """The loop: steps, log, sheets, checkpoints; rank 0 writes."""
+    torch.manual_seed(args.seed)
+    bf16, (rank, ranks) = pick_bf16(args.amp, device), rank_and_ranks()
+    prepare = prepare_imagenet if args.dataset == "imagenet" else prepare_mnist
+    parts, optimizers, make_step, make_sheet = prepare(args, device, bf16)
+    start, last = 0, args.__dict__.pop("last_step")
+    checkpoint = out / "checkpoint.pt" if args.resume == "auto" else args.resume
+    if args.resume and (args.resume != "auto" or checkpoint.exists()):      # nothing saved yet: begin
+        start = restore_training(Path(checkpoint), args, parts, optimizers, FREE)
+    stop, totals = StopSignal(), {}
+    if rank == 0:
+        describe_run(out, __file__, args)
+        log = Log(out / "log.jsonl", start)
+        print(f"{args.dataset} on {ranks} x {device}, {'bf16' if bf16 else 'float32'}, steps {start} to {last}")
+
+    for step in range(start, last):
+        for name, value in make_step(step).items():
             totals.setdefault(name, []).append(value.detach())
-        done = step + 1
+        done, stopping = step + 1, any_rank(stop, device)
         if done % args.log_every == 0 or done == last:
-            means = {name: torch.stack(values).mean().item() for name, values in totals.items()}
-            log.write(step=done, **means)
-            log.progress(done, last, means)
+            means = {name: mean_over_ranks(torch.stack(values).mean()).item() for name, values in totals.items()}
             totals = {}
-        if args.sample_every and (done % args.sample_every == 0 or done == last):
+            if rank == 0:
+                log.write(step=done, **means)
+                log.progress(done, last, means)
+                if not 0.02 < means.get("mask_mean", 0.5) < 0.98:
+                    print(f"warning: the mean mask is {means['mask_mean']:.3f}: it has collapsed", file=sys.stderr)
+        if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == last):
             (out / "samples").mkdir(exist_ok=True)
-            save_png(out / "samples" / f"{done:07d}.png", sample_sheet(average.eval()))
-        if done % args.save_every == 0 or done == last or stop:
-            save(out, done, args, *networks, optimizers)
-        if stop and done < last:
-            print(f"\nstopped after step {done}; go on with the same command and --resume")
+            save_png(out / "samples" / f"{done:07d}.png", make_sheet())
+        if rank == 0 and (done % args.save_every == 0 or done == last or stopping):
+            save_training(out, done, args, parts, optimizers)
+            save_png(out / "sheet.png", make_sheet())
+        if stopping and done < last:
+            if rank == 0:
+                print(f"\nstopped after step {done}; go on with the same command and --resume")
             return
-    print(f"{out / 'sheet.png'} shows the mechanisms; next: python generate.py --weights {out / 'weights.pt'}")
+    if rank == 0:
+        print(f"{out / 'sheet.png'} shows the mechanisms; next: python generate.py --weights {out / 'weights.pt'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -756,7 +868,7 @@ def parse_args(argv=None):
 
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--epochs", type=positive_int, default=15, help="passes over the training images")
-    steps.add_argument("--max-steps", type=positive_int, help="stop at this step, whatever --epochs says")
+    steps.add_argument("--max-steps", "--steps", type=positive_int, help="stop at this step, whatever --epochs says")
     steps.add_argument("--batch-size", type=positive_int, default=16, help="images per step")
     steps.add_argument("--lr", type=non_negative_float, default=2e-4, help="Adam's learning rate, both networks")
     steps.add_argument("--norm-lr", type=non_negative_float, default=2e-3,
@@ -764,6 +876,23 @@ def parse_args(argv=None):
     steps.add_argument("--ema", type=fraction, default=0.999, help="decay of the generator's moving average")
     steps.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto",
                        help="bf16 arithmetic; auto: where the hardware multiplies it")
+
+    net = parser.add_argument_group("ImageNet")
+    net.add_argument("--preset", choices=["full", "small"], default="full", help="256 x 256 with published weights, or "
+                     "64 x 64 with few channels and a random cGAN: minutes on a CPU")
+    net.add_argument("--biggan", type=Path, help="BigGAN-deep-256's file, if not in --weights-dir")
+    net.add_argument("--u2net", type=Path, help="U^2-Net's file, if not in --weights-dir")
+    net.add_argument("--truncation", type=truncation, default=1.0, help="of the latents and their statistics, (0, 1]")
+    net.add_argument("--accumulate", type=positive_int, default=1, help="batches whose gradients are averaged in a step")
+    for name, weight, what in (("reconstruction", 100.0, "mean absolute error of the composite to the cGAN's image"),
+                               ("mask", 500.0, "mean masks outside [0.1, 0.9]"),
+                               ("background", 2000.0, "saliency of the background")):
+        net.add_argument(f"--{name}-weight", type=non_negative_float, default=weight, help=what)
+    net.add_argument("--texture-weights", type=non_negative_float, nargs=4, default=[0.0, 5.0, 5.0, 0.0], metavar="W",
+                     help="style loss of the foreground against patches of the object, as --style-weights")
+    for name, rate in (("shape", 8e-6), ("texture", 3e-5), ("background", 1e-5)):
+        net.add_argument(f"--lr-{name}", type=non_negative_float, default=rate, help=f"learning rate of the {name}")
+    net.add_argument("--compile", action="store_true", help="torch.compile the mechanisms")
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, required=True, help="run folder; new, empty, or continued with --resume")
@@ -777,31 +906,32 @@ def parse_args(argv=None):
     run.add_argument("--sample-every", type=non_negative_int, default=1000, help="steps between sheets; 0: none")
     run.add_argument("--save-every", type=positive_int, default=1000, help="steps between checkpoints")
 
-    parser.set_defaults(**PRESETS.get(parse_dataset(argv), {}))
+    # --dataset and --preset settle the other defaults.
+    early = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    early.add_argument("--dataset", nargs="?")
+    early.add_argument("--preset", nargs="?")
+    known = early.parse_known_args(argv)[0]
+    parser.set_defaults(**PRESETS.get(known.dataset, {}))
+    if (known.dataset, known.preset) == ("imagenet", "small"):
+        parser.set_defaults(**PRESETS["imagenet small"])
     return parser.parse_args(argv)
-
-
-def parse_dataset(argv):
-    """The value of --dataset alone, which settles the other defaults."""
-    parser = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    parser.add_argument("--dataset", nargs="?")
-    return parser.parse_known_args(argv)[0].dataset
 
 
 def main():
     args = parse_args()
     if args.warmup and not (args.border_weight and args.frame_weight):
         args.warmup = 0                                    # nothing to warm up with
-    if args.dataset == "imagenet":
-        raise UserError("--dataset imagenet: not yet; this version trains " + ", ".join(VARIANTS))
-    device = pick_device(args.device)
+    device = join_ranks(pick_device(args.device))
     try:
         use_triton(args.kernels, torch.empty(0, device=device))
     except ValueError as error:
         raise UserError(f"--kernels {args.kernels}: {error}")
-    out = claim_folder(args.out, __file__, args.resume)
+    if rank_and_ranks()[1] > 1 and args.dataset != "imagenet":
+        raise UserError("several GPUs: only for --dataset imagenet; MNIST fits one")
+    out = claim_folder(args.out, __file__, args.resume) if rank_and_ranks()[0] == 0 else args.out
     if args.offline:
-        print("OFFLINE: synthetic digits, drawn textures, random-feature VGG. No number of this run is about MNIST.")
+        print("OFFLINE: synthetic digits, drawn textures, random networks. No number of this run says anything of "
+              "MNIST or ImageNet.")
     train(args, out, device)
 
 

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as distributed
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parent.parent          # the repository, wherever the script is started from
@@ -73,6 +74,14 @@ def non_negative_float(text):
 def fraction(text):
     """argparse type: a number from 0 to 1."""
     return finite_float(text, low=0.0, high=1.0)
+
+
+def truncation(text):
+    """argparse type: above 0, at most 1."""
+    value = finite_float(text, low=0.0, high=1.0)
+    if value == 0:
+        raise argparse.ArgumentTypeError("should be above 0")
+    return value
 
 
 def pick_device(name):
@@ -251,3 +260,42 @@ class StopSignal:
 
     def __bool__(self):
         return self.received
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun
+
+
+def join_ranks(device):
+    """Meet the other processes that torchrun started. Returns this one's device: on GPUs, one for each."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank_and_ranks():
+    """This process's number and how many there are."""
+    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
+
+
+def wait_for_ranks():
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def mean_over_ranks(value):
+    """The mean of a tensor over all ranks."""
+    if distributed.is_initialized():
+        distributed.all_reduce(value)
+        value = value / distributed.get_world_size()
+    return value
+
+
+def any_rank(flag, device):
+    """Whether the flag is set on any rank: they have to stop together."""
+    if not distributed.is_initialized():
+        return bool(flag)
+    return mean_over_ranks(torch.tensor(float(bool(flag)), device=device)).item() > 0

@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 
 from data.runs import UserError, load_tensors, write_atomically
@@ -25,6 +26,16 @@ FILES = {
               "sha256": "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
               "sources": ["https://download.pytorch.org/models/vgg16-397923af.pth"],
               "also": ["vgg16_features.pth"]},         # the same without its fully connected layers, 59 MB
+    "biggan": {"file": "biggan-deep-256-pytorch_model.bin", "size": 234411737,
+               "sha256": "5900ef4065047e3aa0d1b66197b7f2664dceb59b27080e414ad57e203c485bc5",
+               "sources": ["https://s3.amazonaws.com/models.huggingface.co/biggan/biggan-deep-256-pytorch_model.bin"]},
+    "u2net": {"file": "u2net.pth", "size": 176290937,
+              "sha256": "10025a17f49cd3208afc342b589890e402ee63123d6f2d289a4a0903695cce58",
+              "sources": ["https://huggingface.co/netradrishti/u2net-saliency/resolve/main/models/u2net.pth",
+                          "https://huggingface.co/damli/u2net/resolve/main/u2net.pth"]},
+    "u2netp": {"file": "u2netp.pth", "size": 4683258,
+               "sha256": "e7567cde013fb64813973ce6e1ecc25a80c05c3ca7adbc5a54f3c3d90991b854",
+               "sources": ["https://huggingface.co/netradrishti/u2net-saliency/resolve/main/models/u2netp.pth"]},
 }
 ATTEMPTS = 4                                           # tries before a source is given up
 BACKOFF = 1.0                                          # seconds before the second try, doubled for each further one
@@ -35,6 +46,7 @@ BLOCK = 2 ** 16                                        # bytes read, written and
 CONVOLUTIONS = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256,
                 17: 512, 19: 512, 21: 512, 24: 512, 26: 512, 28: 512}
 POOLED = {2, 7, 14, 21, 28}
+STYLE_CONVOLUTIONS = (2, 4, 7, 10)                     # relu1_2, relu2_2, relu3_3, relu4_3: n-th convolutions
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,6 +244,16 @@ def check_state_dict(state, expected, path):
     return state
 
 
+def load_network(name, weights_dir, path, expected):
+    """The state dict of `FILES[name]`, downloaded if need be, or of the file `path` if that is given.
+
+    expected: name -> tensor. Returns float32 tensors in its order. Raises UserError.
+    """
+    path = path or find_or_download(name, weights_dir)
+    state = check_state_dict(load_tensors(path), expected, path)
+    return {key: state[key].to(want.dtype) for key, want in expected.items()}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # VGG-16
 
@@ -303,3 +325,25 @@ def blob_pictures(generator, number=16, side=32):
     blobs = torch.exp(-((line - x) ** 2 + (line[:, None] - y) ** 2) / (0.05 + 0.2 * radius) ** 2)
     colours = torch.rand(number, 4, 3, generator=generator)
     return torch.einsum("nbc,nbhw->nchw", colours, blobs).clamp(max=1) * 2 - 1
+
+
+class VGG16Features(nn.Module):
+    """Frozen VGG-16 from a `features.*` state dict, only as deep as the state dict goes."""
+
+    def __init__(self, state):
+        super().__init__()
+        weights = [value for key, value in state.items() if key.endswith("weight")]
+        self.convolutions = nn.ModuleList(nn.Conv2d(w.shape[1], w.shape[0], 3, padding=1) for w in weights)
+        for convolution, (weight, bias) in zip(self.convolutions, zip(*[iter(state.values())] * 2)):
+            convolution.weight.data, convolution.bias.data = weight, bias
+        self.requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def forward(self, image):
+        """image: (N, 3, H, W) in [-1, 1]. Returns the features before each max-pool, in the weights' dtype."""
+        x, features = image.to(self.convolutions[0].weight.dtype, memory_format=torch.channels_last), []
+        for number, convolution in enumerate(self.convolutions, 1):
+            x = F.relu_(convolution(x))
+            if number in STYLE_CONVOLUTIONS:
+                features.append(x)
+                x = F.max_pool2d(x, 2) if number < len(self.convolutions) else x
+        return features

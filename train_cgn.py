@@ -237,17 +237,15 @@ class ConditionalNorm(nn.Module):
         """Gain and shift become one linear layer of the condition, for this truncation only."""
         mean, scale = self.statistics(truncation)
         if hasattr(self, "scale"):
-            gain_weight = scale[:, None] * self.scale.weight
-            weight, gain = [gain_weight, self.offset.weight - mean[:, None] * gain_weight], scale
-            shift = -mean * gain
+            weight, gain, shift = scale[:, None] * self.scale.weight, scale, -mean * scale
+            weight = torch.cat([weight, self.offset.weight - mean[:, None] * weight])
             del self.scale, self.offset
-        else:
-            gain = scale * self.weight
-            weight, shift = [], self.bias - mean * gain
-        inputs = weight[0].shape[1] if weight else 0       # the last norm does not see the condition
-        self.folded = nn.Linear(inputs, 2 * len(mean))
-        self.folded.weight.data = torch.cat(weight) if weight else mean.new_zeros(2 * len(mean), 0)
-        self.folded.bias.data = torch.cat([gain, shift])
+        else:                                              # the last norm does not see the condition
+            weight, gain = mean.new_zeros(2 * len(mean), 0), scale * self.weight
+            shift = self.bias - mean * gain
+        self.folded = nn.Linear(1, 1)                      # its size comes with the weights
+        self.folded.weight, self.folded.bias = nn.Parameter(weight), nn.Parameter(torch.cat([gain, shift]))
+        self.running_means = self.running_vars = None
 
 
 class GenBlock(nn.Module):

@@ -97,7 +97,7 @@ def compile_launch(job):
 def main():
     launches = {}
     for dtype in DTYPES:
-        for channels_last in (False, True):
+        for channels_last in (False, True) if dtype != torch.float16 else (False,):       # as bfloat16
             for launch in record_launches(lambda: train_step(dtype, channels_last)):
                 launches.setdefault(repr(launch), launch)
     for size, channels in ((1, (1,)), (7, (3,))):          # a size of 1 is a constant to the compiler

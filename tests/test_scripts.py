@@ -49,7 +49,7 @@ def trained(digits_dir, tmp_path_factory):
 
 
 def test_offline_chain_from_nothing(tmp_path):
-    common = ["--dataset", "wildlife_mnist", "--offline", "--device", "cpu"]
+    common = ["--dataset", "colored_mnist", "--offline", "--device", "cpu"]
     done = run("train_cgn.py", *common, "--warmup", 1, "--max-steps", 3, "--log-every", 1, "--out",
                tmp_path / "cgn")
     assert "OFFLINE" in done.stdout
@@ -59,7 +59,7 @@ def test_offline_chain_from_nothing(tmp_path):
     assert lines[1].keys() == lines[0].keys() | {"adversarial", "binary", "style", "discriminator"}
     assert all(abs(value) < 100 for line in lines for value in line.values())
     facts = json.loads((tmp_path / "cgn" / "args.json").read_text())
-    assert facts["args"]["offline"] and facts["args"]["discriminator"] == "conv" and facts["torch"]
+    assert facts["args"]["offline"] and facts["args"]["discriminator"] == "linear" and facts["torch"]
     run("generate.py", "--weights", tmp_path / "cgn" / "weights.pt", "--n", 300, "--out", tmp_path / "cf")
     assert json.loads((tmp_path / "cf" / "dataset.json").read_text())["offline"]
     run("train_classifier.py", *common, "--train", "both", "--counterfactual", tmp_path / "cf", "--epochs", 2,
@@ -217,11 +217,12 @@ def test_classifier_resumes_and_repeats(digits_dir, tmp_path):
 
 
 def test_presets_are_defaults_and_flags_win():
-    for dataset, preset in PRESETS.items():
-        args = vars(parse_args(["--dataset", dataset, "--out", "x"]))
+    for name, preset in PRESETS.items():
+        dataset, *small = name.split()                     # "imagenet small": --dataset imagenet --preset small
+        args = vars(parse_args(["--dataset", dataset, "--out", "x", *(["--preset", "small"] if small else [])]))
         assert preset.items() <= args.items()
         args = vars(parse_args(["--dataset", dataset, "--out", "x", "--init", "xavier", "--binary-weight", "7"]))
-        assert args["init"] == "xavier" and args["binary_weight"] == 7 and args["ndf"] == preset["ndf"]
+        assert args["init"] == "xavier" and args["binary_weight"] == 7 and args["ndf"] == preset.get("ndf", 512)
     assert parse_args(["--out", "x", "--ndf", "5", "--dataset=wildlife_mnist"]).discriminator == "conv"
 
 
@@ -230,7 +231,17 @@ MISTAKES = {
     "unknown flag": ("train_cgn.py --dataset colored_mnist --out OUT --nonsense", "--nonsense"),
     "no dataset": ("train_cgn.py --out OUT", "--dataset"),
     "dataset without a value": ("train_cgn.py --out OUT --dataset", "--dataset"),
-    "imagenet": ("train_cgn.py --dataset imagenet --out OUT", "not yet"),
+    "imagenet, no U^2-Net": ("train_cgn.py --dataset imagenet --preset small --u2net NOWHERE --style-weights 0 0 0 0 "
+                             "--texture-weights 0 0 0 0 --out OUT", "no such file"),
+    "imagenet, another network": ("train_cgn.py --dataset imagenet --preset small --u2net FOREIGN --style-weights 0 0 0 0 "
+                                  "--texture-weights 0 0 0 0 --out OUT", "not the weights needed"),
+    "imagenet, truncation": ("train_cgn.py --dataset imagenet --truncation 1.5 --out OUT", "--truncation"),
+    "imagenet, unknown class": ("generate.py --dataset imagenet --weights FOREIGN --shape unicorns --out OUT", "unicorns"),
+    "imagenet, class out of range": ("generate.py --dataset imagenet --weights FOREIGN --texture 1000 --out OUT",
+                                     "0 to 999"),
+    "imagenet, weights foreign": ("generate.py --dataset imagenet --weights FOREIGN --out OUT", "FOREIGN"),
+    "imagenet, MNIST weights": ("generate.py --dataset imagenet --weights TRAINED/weights.pt --out OUT", "weights needed"),
+    "imagenet, no goal": ("generate.py --dataset imagenet --weights FOREIGN --interpolate all --out OUT", "--to"),
     "imagenet classifier": ("train_classifier.py --dataset imagenet --out OUT", "not yet"),
     "zero batch": ("train_cgn.py --dataset colored_mnist --out OUT --batch-size 0", "--batch-size"),
     "batch larger than the data": ("train_cgn.py --dataset colored_mnist --data-dir DIGITS --style-weights 0 0 0 0 "

@@ -23,11 +23,11 @@ import torch.nn.functional as F
 
 from data.checkpoints import FROZEN, restore_training, save_training, step_seed
 from data.mnist import SIZE, VARIANTS, load_variant, to_float
+from data.pretrained import STYLE_CONVOLUTIONS, ConvNormReLU, U2Net, VGG16Features
 from data.runs import (DOWNLOADS, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction, join_ranks,
                        load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16, pick_device,
                        positive_int, rank_and_ranks, run_main, save_png, tile_sheet, truncation)
-from data.weights import (STYLE_CONVOLUTIONS, VGG16Features, check_state_dict, load_network, load_vgg16_features,
-                          random_vgg16_features)
+from data.weights import check_state_dict, load_network, load_vgg16_features, random_vgg16_features
 from kernels import composite_losses_and_copy, sample_patch_images, style_loss, use_triton
 
 # The published settings, except for what the README lists as different. A flag given on the command line wins.
@@ -41,7 +41,8 @@ PRESETS = {
     "imagenet": dict(binary_weight=300.0, style_weights=[4.0, 4.0, 4.0, 4.0], max_steps=300, ema=0.95, log_every=1,
                      sample_every=10, save_every=10, batch_size=16, accumulate=250),
     "imagenet small": dict(max_steps=600, ema=0.99, log_every=20, sample_every=100, save_every=100, batch_size=8,
-                           accumulate=1, lr_shape=1e-3, lr_texture=1e-3, lr_background=1e-3),
+                           accumulate=1, lr_shape=1e-3, lr_texture=1e-3, lr_background=1e-3, binary_weight=30.0,
+                           mask_weight=5000.0, background_weight=500.0),      # the random cGAN shows no clear objects
 }
 # Arguments that a resumed run may change.
 FREE = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "out", "resume", "device", "kernels", "weights",
@@ -58,6 +59,14 @@ EMBEDDING = 10                                             # numbers in a class'
 # Networks
 
 
+@functools.cache
+@torch.inference_mode(False)
+def upsampling_taps(device, dtype):
+    """(9, 16): which of the 3 x 3 taps, mirrored, each of UpsampleConv2d's 4 x 4 sums."""
+    taps = torch.eye(9).view(1, 9, 3, 3).flip(2, 3)
+    return F.avg_pool2d(F.pad(taps, [1] * 4), 2, 1, divisor_override=1).view(9, 16).to(device, dtype)
+
+
 class UpsampleConv2d(nn.Conv2d):
     """Nearest-neighbour upsampling by 2 and a 3 x 3 convolution (padding 1) in one, on the small image.
 
@@ -66,8 +75,8 @@ class UpsampleConv2d(nn.Conv2d):
     """
 
     def forward(self, x):
-        kernel = F.avg_pool2d(F.pad(self.weight.flip(2, 3), [1] * 4), 2, 1, divisor_override=1)
-        return F.conv_transpose2d(x, kernel.transpose(0, 1), self.bias, stride=2, padding=1)
+        kernel = self.weight.flatten(2) @ upsampling_taps(self.weight.device, self.weight.dtype)
+        return F.conv_transpose2d(x, kernel.unflatten(2, (4, 4)).transpose(0, 1), self.bias, stride=2, padding=1)
 
 
 # Both mechanisms keep the numbering of the published state dicts, where the upsampling is a layer of its own.
@@ -191,9 +200,41 @@ def initialize(network, init, gain):
 # Networks for ImageNet. Attributes have the names of the published state dicts.
 
 
+class DivideBySigma(torch.autograd.Function):
+    """weight / sigma with sigma = u^T W v, and its derivative in three passes over the weight."""
+
+    @staticmethod
+    def forward(ctx, weight, u, v):
+        sigma = torch.dot(u, torch.mv(weight.flatten(1), v))
+        normal = weight / sigma
+        ctx.save_for_backward(normal, u, v, sigma)
+        return normal
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        normal, u, v, sigma = ctx.saved_tensors
+        share = torch.dot(gradient.flatten(), normal.flatten())
+        return torch.addr(gradient.flatten(1), -share * u, v).div_(sigma).view_as(normal), None, None
+
+
+def normalize_weight(layer, inputs=None):
+    """Set layer.weight to weight_orig divided by its largest singular value; in training after a power iteration."""
+    matrix, u, v = layer.weight_orig.detach().flatten(1), layer.weight_u, layer.weight_v
+    if layer.training:
+        v.copy_(F.normalize(torch.mv(matrix.t(), u), dim=0, eps=1e-4))
+        u.copy_(F.normalize(torch.mv(matrix, v), dim=0, eps=1e-4))
+    layer.weight = DivideBySigma.apply(layer.weight_orig, u.clone(), v.clone())
+
+
 def spectral(layer):
-    """Divide the weight by its largest singular value; in training, one power iteration per forward (Miyato 2018)."""
-    return nn.utils.spectral_norm(layer, eps=1e-4)
+    """Spectral normalisation (Miyato et al. 2018) with the names of the published files."""
+    weight = layer._parameters.pop("weight")
+    layer.register_parameter("weight_orig", weight)
+    for name, size in (("weight_u", weight.shape[0]), ("weight_v", weight[0].numel())):
+        layer.register_buffer(name, F.normalize(torch.randn(size, device=weight.device), dim=0))
+    layer.register_forward_pre_hook(normalize_weight)
+    return layer
 
 
 class ConditionalNorm(nn.Module):
@@ -330,84 +371,8 @@ class BigGAN(nn.Module):
         h = generator.bn(h, condition[:, :0], truncation)
         rgb = generator.conv_to_rgb
         if hasattr(rgb, "weight_orig"):
-            for hook in rgb._forward_pre_hooks.values():   # sets rgb.weight; only 3 of its outputs are computed
-                hook(rgb, None)
+            normalize_weight(rgb)                          # not called: only 3 of its outputs are computed
         return F.conv2d(h, rgb.weight[:3], rgb.bias[:3], padding=1).float().tanh()
-
-
-class ConvNormReLU(nn.Module):
-    def __init__(self, inputs, outputs, dilation=1):
-        super().__init__()
-        self.conv_s1 = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)
-        self.bn_s1 = nn.BatchNorm2d(outputs)
-
-    def forward(self, x):
-        return F.relu_(self.bn_s1(self.conv_s1(x)))
-
-
-def resize_like(x, other):
-    return x if x.shape[2:] == other.shape[2:] else F.interpolate(x, other.shape[2:], mode="bilinear", align_corners=True)
-
-
-class RSU(nn.Module):
-    """Residual U-block of U^2-Net: a U-Net of `depth` levels around the features of its first convolution.
-
-    dilated: dilations 1, 2, 4, ... instead of pooling (RSU-4F).
-    """
-
-    def __init__(self, inputs, middle, outputs, depth, dilated):
-        super().__init__()
-        self.depth, self.dilated = depth, dilated
-        dilation = [2 ** i if dilated else 1 for i in range(depth - 1)] + [2 ** (depth - 1) if dilated else 2]
-        self.rebnconvin = ConvNormReLU(inputs, outputs)
-        for i in range(depth):
-            self.add_module(f"rebnconv{i + 1}", ConvNormReLU(middle if i else outputs, middle, dilation[i]))
-        for i in reversed(range(depth - 1)):
-            self.add_module(f"rebnconv{i + 1}d", ConvNormReLU(2 * middle, middle if i else outputs, dilation[i]))
-
-    def forward(self, x):
-        h = entry = self.rebnconvin(x)
-        levels = []
-        for i in range(1, self.depth):
-            if levels and not self.dilated:
-                h = F.max_pool2d(h, 2, ceil_mode=True)
-            h = getattr(self, f"rebnconv{i}")(h)
-            levels.append(h)
-        h = getattr(self, f"rebnconv{self.depth}")(h)
-        for i in reversed(range(1, self.depth)):
-            h = getattr(self, f"rebnconv{i}d")(torch.cat([resize_like(h, levels[i - 1]), levels[i - 1]], 1))
-        return h + entry
-
-
-class U2Net(nn.Module):
-    """Saliency (Qin et al. 2020): (N, 3, H, W), here images in [-1, 1] as they are -> mask (N, 1, H, W) in (0, 1)."""
-
-    def __init__(self, small=False):
-        super().__init__()
-        widths = [64] * 6 if small else [64, 128, 256, 512, 512, 512]                    # of the encoder's stages
-        middles = [16] * 6 if small else [32, 32, 64, 128, 256, 256]
-        decoder = [64] * 5 if small else [64, 64, 128, 256, 512]
-        decoder_middles = [16] * 5 if small else [16, 32, 64, 128, 256]
-        depths = [7, 6, 5, 4, 4, 4]
-        for i in range(6):
-            self.add_module(f"stage{i + 1}", RSU(widths[i - 1] if i else 3, middles[i], widths[i], depths[i], i >= 4))
-        for i in reversed(range(5)):
-            inputs = widths[i] + (decoder[i + 1] if i < 4 else widths[5])
-            self.add_module(f"stage{i + 1}d", RSU(inputs, decoder_middles[i], decoder[i], depths[i], i >= 4))
-        for i, channels in enumerate([*decoder, widths[5]]):
-            self.add_module(f"side{i + 1}", nn.Conv2d(channels, 1, 3, padding=1))
-        self.outconv = nn.Conv2d(6, 1, 1)
-
-    def forward(self, x):
-        stages, h = [], x
-        for i in range(1, 7):
-            h = getattr(self, f"stage{i}")(F.max_pool2d(h, 2, ceil_mode=True) if stages else h)
-            stages.append(h)
-        sides = [self.side6(h)]
-        for i in range(5, 0, -1):
-            h = getattr(self, f"stage{i}d")(torch.cat([resize_like(h, stages[i - 1]), stages[i - 1]], 1))
-            sides.insert(0, getattr(self, f"side{i}")(h))
-        return self.outconv(torch.cat([resize_like(side, sides[0]) for side in sides], 1)).float().sigmoid()
 
 
 class ImageNetCGN(nn.Module):
@@ -442,7 +407,11 @@ def fold(network, truncation=1.0):
     """Constants into weights, in place: spectral norms, BatchNorms, and conditional norms for this truncation."""
     for module in network.modules():
         if hasattr(module, "weight_orig"):
-            nn.utils.remove_spectral_norm(module)
+            normalize_weight(module.eval())
+            weight = module.__dict__.pop("weight")
+            del module.weight_orig, module.weight_u, module.weight_v
+            module._forward_pre_hooks.clear()
+            module.weight = nn.Parameter(weight)
     for module in list(network.modules()):
         if isinstance(module, ConditionalNorm):
             module.fold(truncation)

@@ -36,7 +36,7 @@ def restore_training(path, args, parts, optimizers, free):
     for name, module in parts.items():
         own = module.state_dict()
         frozen = {key: value for key, value in own.items() if key.startswith(FROZEN)}
-        module.load_state_dict(check_state_dict(frozen | content[name], own, path), strict=not frozen)
+        module.load_state_dict(check_state_dict(frozen | content[name], own, path))
     for optimizer, state in zip(optimizers, content["optimizers"]):
         optimizer.load_state_dict(state)
     return content["step"]

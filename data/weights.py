@@ -15,7 +15,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
 from data.runs import UserError, load_tensors, write_atomically
@@ -46,7 +45,6 @@ BLOCK = 2 ** 16                                        # bytes read, written and
 CONVOLUTIONS = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256,
                 17: 512, 19: 512, 21: 512, 24: 512, 26: 512, 28: 512}
 POOLED = {2, 7, 14, 21, 28}
-STYLE_CONVOLUTIONS = (2, 4, 7, 10)                     # relu1_2, relu2_2, relu3_3, relu4_3: n-th convolutions
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -325,25 +323,3 @@ def blob_pictures(generator, number=16, side=32):
     blobs = torch.exp(-((line - x) ** 2 + (line[:, None] - y) ** 2) / (0.05 + 0.2 * radius) ** 2)
     colours = torch.rand(number, 4, 3, generator=generator)
     return torch.einsum("nbc,nbhw->nchw", colours, blobs).clamp(max=1) * 2 - 1
-
-
-class VGG16Features(nn.Module):
-    """Frozen VGG-16 from a `features.*` state dict, only as deep as the state dict goes."""
-
-    def __init__(self, state):
-        super().__init__()
-        weights = [value for key, value in state.items() if key.endswith("weight")]
-        self.convolutions = nn.ModuleList(nn.Conv2d(w.shape[1], w.shape[0], 3, padding=1) for w in weights)
-        for convolution, (weight, bias) in zip(self.convolutions, zip(*[iter(state.values())] * 2)):
-            convolution.weight.data, convolution.bias.data = weight, bias
-        self.requires_grad_(False).to(memory_format=torch.channels_last)
-
-    def forward(self, image):
-        """image: (N, 3, H, W) in [-1, 1]. Returns the features before each max-pool, in the weights' dtype."""
-        x, features = image.to(self.convolutions[0].weight.dtype, memory_format=torch.channels_last), []
-        for number, convolution in enumerate(self.convolutions, 1):
-            x = F.relu_(convolution(x))
-            if number in STYLE_CONVOLUTIONS:
-                features.append(x)
-                x = F.max_pool2d(x, 2) if number < len(self.convolutions) else x
-        return features

@@ -20,12 +20,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_cgn  # noqa: E402  (needs the path above)
 from data.weights import random_vgg16_features  # noqa: E402
-from kernels import sample_patch_images  # noqa: E402
 
 GENERATION = ["plain", "only the three mechanisms and one mask", "upsampling inside the convolution, 3 channels of the last",
               "channels last, one product and sum for each norm", "folded weights", "bf16"]
 TRAINING = ["plain", "VGG-16 up to the last used layer", "upsampling inside the convolution, 3 channels of the last",
-            "channels last, one product and sum for each norm", "frozen networks folded", "bf16"]
+            "channels last, one product and sum for each norm", "frozen networks folded", "bf16",
+            "derivative of the spectral norms in three passes"]
 CALLS = 3
 
 
@@ -51,8 +51,7 @@ def plain_biggan(biggan, z, y, truncation, level):
             convolution = getattr(layer, f"conv_{k}")
             h = plain_norm(getattr(layer, f"bn_{k}"), h, condition, truncation)
             if layer.up and k == 1 and level < 2:
-                for hook in convolution._forward_pre_hooks.values():
-                    hook(convolution, None)
+                train_cgn.normalize_weight(convolution)
                 h = F.conv2d(F.interpolate(h, scale_factor=2), convolution.weight, convolution.bias, padding=1)
             else:
                 h = convolution(h)
@@ -61,8 +60,7 @@ def plain_biggan(biggan, z, y, truncation, level):
     h = plain_norm(generator.bn, h, condition, truncation)
     if level < 2:
         return generator.conv_to_rgb(h)[:, :3].tanh()
-    for hook in generator.conv_to_rgb._forward_pre_hooks.values():
-        hook(generator.conv_to_rgb, None)
+    train_cgn.normalize_weight(generator.conv_to_rgb)
     return F.conv2d(h, generator.conv_to_rgb.weight[:3], generator.conv_to_rgb.bias[:3], padding=1).tanh()
 
 
@@ -104,6 +102,8 @@ def make_generation(level):
 
 def make_training(level):
     cgn, run = networks(level, True)
+    if level < 6:                                          # by autograd
+        train_cgn.DivideBySigma.apply = lambda weight, u, v: weight / torch.dot(u, torch.mv(weight.flatten(1), v))
     args = train_cgn.parse_args(["--dataset", "imagenet", "--out", "unused"])
     dtype = torch.bfloat16 if level >= 5 else torch.float32
     vgg = train_cgn.VGG16Features(random_vgg16_features(10 if level >= 1 else 13)).to(dtype)

@@ -12,7 +12,8 @@ import torch
 from conftest import ROOT, fixture_files, folder_from, run
 from data.runs import UserError
 from generate import class_number, draw_image, load_imagenet_generator
-from train_cgn import SMALL, BigGAN, ImageNetCGN, U2Net, fold, random_networks, truncated_normal
+from train_cgn import (SMALL, BigGAN, DivideBySigma, ImageNetCGN, U2Net, fold, random_networks, spectral,
+                       truncated_normal)
 
 
 def close(actual, expected, relative=1e-4):
@@ -65,6 +66,17 @@ def test_statistics_between_grid_points_and_where_the_grid_is_inexact():
     norm.running_means[:] = torch.arange(51.0)[:, None]
     for truncation, row in ((0.14, 7), (0.28, 14), (0.56, 28), (0.58, 29), (0.94, 47), (1.0, 50), (0.5, 25), (0.01, 0.5)):
         assert norm.statistics(truncation)[0][0].item() == pytest.approx(row, abs=1e-4)
+
+
+def test_spectral_norm_divides_by_the_largest_singular_value_with_its_gradient():
+    torch.manual_seed(0)
+    layer = spectral(torch.nn.Linear(6, 4, bias=False)).double()
+    for _ in range(200):
+        layer(torch.zeros(1, 6, dtype=torch.float64))
+    close(layer.weight, layer.weight_orig / torch.linalg.svdvals(layer.weight_orig)[0], 1e-6)
+    u, v = layer.weight_u, layer.weight_v
+    weight = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w: DivideBySigma.apply(w, u, v), (weight,))
 
 
 def test_truncated_normal_is_that():

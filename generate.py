@@ -9,8 +9,8 @@ uint8 (n, 3): the classes of shape, texture and background. dataset.json is writ
 Image i depends on the seed, --per-shape and i alone, so an interrupted run goes on with --resume.
 
     python generate.py --dataset imagenet --weights cgn.pth --n 50000 --out runs/counterfactuals
-    python generate.py --dataset imagenet --weights cgn.pth --shape tabby --texture zebra --background 970 --n 8 --out runs/cats
-    python generate.py --dataset imagenet --weights cgn.pth --interpolate texture --to zebra --shape tabby --out runs/morph
+    python generate.py --dataset imagenet --weights cgn.pth --shape tabby --texture zebra --n 8 --out runs/cats
+    python generate.py --dataset imagenet --weights cgn.pth --interpolate all --to zebra --out runs/morph
 
 ImageNet's are files, counterfactual/0000000.jpg, ..., and labels.csv, a row for each that is there.
 """
@@ -342,7 +342,7 @@ def class_vectors(cgn, y):
 
 
 def interpolate_imagenet(cgn, args, out, device):
-    """To the class --to, by class vectors with z fixed: frames, a sheet with a row for each leg, and a GIF there and back."""
+    """To the class --to, by class vectors with z fixed: frames, a sheet with a row for each leg, and a GIF and back."""
     z, y = (x[None].to(device) for x in draw_image(args.seed, args.start, cgn.f_shape.z_dim, choices_of(args)))
     goal, points = class_vectors(cgn, torch.full_like(y, class_number(args.to))), [class_vectors(cgn, y)]
     for leg in LEGS[args.interpolate]:
@@ -433,14 +433,14 @@ def parse_args(argv=None):
     net.add_argument("--mode", choices=["random", "best"], default="random", help="draw from all classes, or from the "
                      "authors' lists of good ones for each mechanism")
     for name in ("shape", "texture", "background"):
-        net.add_argument(f"--{name}", nargs="+", metavar="CLASS", help=f"draw the {name} from these instead: numbers, or "
-                         "(parts of) English names")
+        net.add_argument(f"--{name}", nargs="+", metavar="CLASS",
+                         help=f"draw the {name} from these instead: numbers, or (parts of) English names")
     net.add_argument("--truncation", type=truncation, default=0.5, help="of the latents, (0, 1]: less is less varied")
-    net.add_argument("--save", nargs="+", choices=SAVED, default=["counterfactual"], help="pictures to write; composite "
-                     "has the shape's class everywhere")
+    net.add_argument("--save", nargs="+", choices=SAVED, default=["counterfactual"],
+                     help="pictures to write; composite has the shape's class everywhere")
     net.add_argument("--format", choices=["jpg", "png"], default="jpg", help="of the pictures")
-    net.add_argument("--interpolate", choices=list(LEGS), help="frames to class --to in one mechanism, in all, or in one "
-                     "after the other")
+    net.add_argument("--interpolate", choices=list(LEGS),
+                     help="frames to class --to in one mechanism, in all, or in one after the other")
     net.add_argument("--to", metavar="CLASS", help="where --interpolate goes")
     net.add_argument("--frames", type=positive_int, default=9, help="of each leg of --interpolate")
     net.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto", help="bf16 arithmetic")

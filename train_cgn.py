@@ -423,7 +423,7 @@ def fold(network, truncation=1.0):
 
 @torch.no_grad()
 def random_networks(config, small_u2net, seed=0):
-    """State dicts of a BigGAN and a U^2-Net with random weights, and statistics that keep every layer's variance at 1."""
+    """State dicts of a BigGAN and a U^2-Net with random weights, and statistics that keep every layer's variance."""
     def measure(module, inputs):
         x = inputs[0]
         mean, variance = ((module.running_means, module.running_vars) if isinstance(module, ConditionalNorm)
@@ -518,7 +518,8 @@ def imagenet_losses(args, vgg, outputs, x_gt, generator):
     _, mask, foreground, background, saliency = outputs
     composed, copy = composite_losses_and_copy(mask, foreground, background, x_gt, backend=args.kernels,
                                                copy_dtype=vgg.convolutions[0].weight.dtype if vgg else None)
-    losses = {"reconstruction": args.reconstruction_weight * composed.l1, "binary": args.binary_weight * composed.binary,
+    losses = {"reconstruction": args.reconstruction_weight * composed.l1,
+              "binary": args.binary_weight * composed.binary,
               "mask": args.mask_weight * composed.mask_interval, "background": args.background_weight * saliency.mean()}
     if any(args.style_weights):
         losses["style"] = perceptual_loss(vgg, copy, x_gt, args.style_weights, args.kernels)
@@ -602,7 +603,7 @@ def imagenet_sheet(cgn, cgan, truncation):
               torch.lerp(background, foreground, mask), target,
               torch.lerp(background.roll(2, 0), foreground.roll(1, 0), mask)]
     titles = ["premask", "mask", "foreground", "background", "composite", "cGAN", "counterfact."]
-    return tile_sheet(torch.stack(images, 1) / 2 + 0.5, titles, [str(c) for c in y.tolist()], scale=max(1, 96 // len(mask[0, 0])))
+    return tile_sheet(torch.stack(images, 1) / 2 + 0.5, titles, [str(c) for c in y.tolist()], scale=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -612,7 +613,8 @@ def imagenet_sheet(cgn, cgan, truncation):
 def truncated_normal(shape, generator):
     """Standard normal on [-2, 2]: what lies outside is drawn again, by inversion of the distribution."""
     low = 0.5 * (1 + math.erf(-2 / math.sqrt(2)))
-    return torch.special.ndtri(low + (1 - 2 * low) * torch.rand(shape, generator=generator, dtype=torch.float64)).float()
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+    return torch.special.ndtri(low + (1 - 2 * low) * uniform).float()
 
 
 def load_imagenet_networks(args, config, small):
@@ -742,7 +744,8 @@ def prepare_imagenet(args, device, bf16):
                 with torch.autocast(device.type, enabled=False):
                     losses, mask_mean = imagenet_losses(args, vgg, outputs, x_gt, generator)
                     (sum(losses.values()) / args.accumulate).backward()
-            for name, value in (losses | {"mask_mean": mask_mean.mean(), "mask_spread": mask_mean.std(correction=0)}).items():
+            losses |= {"mask_mean": mask_mean.mean(), "mask_spread": mask_mean.std(correction=0)}
+            for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / args.accumulate
         optimizers[0].step()
         update_average(average, cgn, min(args.ema, (1 + step) / (10 + step)))
@@ -850,7 +853,7 @@ def parse_args(argv=None):
     net.add_argument("--biggan", type=Path, help="BigGAN-deep-256's file, if not in --weights-dir")
     net.add_argument("--u2net", type=Path, help="U^2-Net's file, if not in --weights-dir")
     net.add_argument("--truncation", type=truncation, default=1.0, help="of the latents and their statistics, (0, 1]")
-    net.add_argument("--accumulate", type=positive_int, default=1, help="batches whose gradients are averaged in a step")
+    net.add_argument("--accumulate", type=positive_int, default=1, help="batches averaged in a step, for gradients")
     for name, weight, what in (("reconstruction", 100.0, "mean absolute error of the composite to the cGAN's image"),
                                ("mask", 500.0, "mean masks outside [0.1, 0.9]"),
                                ("background", 2000.0, "saliency of the background")):

@@ -62,7 +62,7 @@ def test_offline_chain_from_nothing(tmp_path):
     assert facts["args"]["offline"] and facts["args"]["discriminator"] == "linear" and facts["torch"]
     run("generate.py", "--weights", tmp_path / "cgn" / "weights.pt", "--n", 300, "--out", tmp_path / "cf")
     assert json.loads((tmp_path / "cf" / "dataset.json").read_text())["offline"]
-    run("train_classifier.py", *common, "--train", "both", "--counterfactual", tmp_path / "cf", "--epochs", 2,
+    run("train_classifier.py", *common, "--train", "both", "--counterfactual", tmp_path / "cf", "--epochs", 1,
         "--max-steps", 20, "--seeds", 0, 1, "--out", tmp_path / "classifier")
     results = json.loads((tmp_path / "classifier" / "results.json").read_text())
     assert results["offline"] and set(results["seeds"]) == {"0", "1"}

@@ -219,7 +219,8 @@ def choices_of(args):
 
 def draw_image(seed, number, z_dim, choices):
     """Latent (z_dim,) before truncation, and the classes (3,) of image `number`: a stream of its own for each."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {number}".encode()).digest()[:7]))
+    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     z = truncated_normal((z_dim,), generator)
     return z, torch.tensor([some[int(torch.randint(len(some), (), generator=generator))] for some in choices])
 

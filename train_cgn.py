@@ -46,7 +46,7 @@ PRESETS = {
 }
 # Arguments that a resumed run may change.
 FREE = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "out", "resume", "device", "kernels", "weights",
-        "data_dir", "weights_dir"}
+        "data_dir", "weights_dir", "biggan", "u2net"}
 # --preset small of ImageNet: 64 x 64, a hundredth of the weights, and the small U^2-Net.
 SMALL = dict(output_dim=64, z_dim=32, class_embed_dim=32, channel_width=8, attention_layer_position=4,
              layers=((False, 16, 16), (True, 16, 8), (False, 8, 8), (True, 8, 4), (True, 4, 2), (True, 2, 1)))

@@ -5,19 +5,23 @@ run code. Two processes must not download one file at the same time: the check f
 """
 import contextlib
 import hashlib
+import html.parser
 import http.client
 import os
 import sys
 import time
 import urllib.error
 import urllib.request
+import zipfile
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
 
 import torch
 import torch.nn.functional as F
 
 from data.runs import UserError, load_tensors, write_atomically
+
+DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
 
 # What can be downloaded. "sources" are tried in order; a file of "also" in the weights folder is taken just as well.
 FILES = {
@@ -31,10 +35,14 @@ FILES = {
     "u2net": {"file": "u2net.pth", "size": 176290937,
               "sha256": "10025a17f49cd3208afc342b589890e402ee63123d6f2d289a4a0903695cce58",
               "sources": ["https://huggingface.co/netradrishti/u2net-saliency/resolve/main/models/u2net.pth",
-                          "https://huggingface.co/damli/u2net/resolve/main/u2net.pth"]},
+                          "https://huggingface.co/damli/u2net/resolve/main/u2net.pth",
+                          DRIVE + "1ao1ovG1Qtx4b7EoskHXmi2E9rp5CHLcZ"]},
     "u2netp": {"file": "u2netp.pth", "size": 4683258,
                "sha256": "e7567cde013fb64813973ce6e1ecc25a80c05c3ca7adbc5a54f3c3d90991b854",
-               "sources": ["https://huggingface.co/netradrishti/u2net-saliency/resolve/main/models/u2netp.pth"]},
+               "sources": ["https://huggingface.co/netradrishti/u2net-saliency/resolve/main/models/u2netp.pth",
+                          DRIVE + "1rbSTGKAE-MTxBYHd-51l2hMOQPT_7EPy"]},
+    # The authors' trained ImageNet CGN, about 1.1 GB. Neither its size nor its hash is published.
+    "cgn": {"file": "cgn.pth", "size": None, "sha256": None, "sources": [DRIVE + "12yVFHPUjKmUFGnO2D4xVlTSpF8CUj136"]},
 }
 ATTEMPTS = 4                                           # tries before a source is given up
 BACKOFF = 1.0                                          # seconds before the second try, doubled for each further one
@@ -59,7 +67,7 @@ def find_file(name, weights_dir):
     entry, folder = FILES[name], Path(weights_dir)
     for path in (folder / entry["file"], folder / "hub" / "checkpoints" / entry["file"]):
         if path.is_file():
-            if path.stat().st_size != entry["size"]:
+            if entry["size"] and path.stat().st_size != entry["size"]:
                 raise UserError(f"{path}: {path.stat().st_size} bytes instead of {entry['size']}, a damaged or another "
                                 "file; delete it, and it will be downloaded again")
             return path
@@ -95,10 +103,10 @@ def download(url, entry, part):
     check_url(url)
     for attempt in range(ATTEMPTS):
         try:
-            have, digest = receive(url, entry, part)
-            if have >= entry["size"]:
+            have, size, digest = receive(url, entry, part)
+            if have >= size:
                 break
-            reason = f"connection cut after {have} of {entry['size']} bytes"
+            reason = f"connection cut after {have} of {size} bytes"
         except urllib.error.HTTPError as error:
             reason = f"HTTP {error.code} {error.reason}"
             if error.code < 500 and error.code != 429:             # all but "busy" will be the same a second later
@@ -110,32 +118,50 @@ def download(url, entry, part):
             time.sleep(BACKOFF * 2 ** attempt)
     else:
         raise ValueError(f"{reason}, given up after {ATTEMPTS} tries")
-    if digest.hexdigest() != entry["sha256"]:
+    if digest.hexdigest() != entry["sha256"] if entry["sha256"] else not intact_archive(part):
         part.unlink(missing_ok=True)
         raise ValueError("what came has the wrong size or SHA-256 and was deleted")
+    if not entry["sha256"]:
+        say(f"{entry['file']}: SHA-256 {digest.hexdigest()}; none is published to compare it with")
+
+
+def intact_archive(path):
+    """Whether the checksums within a zip archive are right, as torch writes it since 2020. Older forms have none."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+        return False
 
 
 def receive(url, entry, part):
-    """One try: append to `part` what `url` sends. Returns its size in bytes and its SHA-256 (a hashlib object) then."""
-    have, digest, size = 0, hashlib.sha256(), entry["size"]
+    """One try: append to `part` what `url` sends.
+
+    Returns how many bytes it has then, how many it should have, and its SHA-256 (a hashlib object).
+    """
+    have, digest, size = 0, hashlib.sha256(), entry["size"] or float("inf")
     if part.is_file():
         with disk(part), open(part, "rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
                 have += len(block)
     if have >= size:
-        return have, digest
-    response, start = open_at(url, have)
+        return have, size, digest
+    response, start = open_file(url, have)
     with response:
         if start == 0:
             have, digest = 0, hashlib.sha256()
         total = response.headers.get("Content-Range" if start else "Content-Length", "").rpartition("/")[2]
         block = response.read1(BLOCK)
-        # Error and login pages come with status 200 as well. Nothing was written so far: `part` is still whole.
-        if response.headers.get_content_type() == "text/html" or start == 0 and block.lstrip()[:1] == b"<":
+        # Error and login pages may pass for a file. Nothing was written so far: `part` is still whole.
+        if start == 0 and block.lstrip()[:1] == b"<":
             raise ValueError("a web page came instead of the file")
-        if total.isdigit() and int(total) != size:
+        if total.isdigit() and entry["size"] not in (None, int(total)):
             raise ValueError(f"the file there has {total} bytes instead of {size}")
+        size = int(total) if total.isdigit() else size
         begun = shown = time.monotonic()
         first = have
         while block and have <= size:
@@ -147,16 +173,59 @@ def receive(url, entry, part):
             now = time.monotonic()
             if have >= size or now - shown > (0.2 if sys.stderr.isatty() else 10):
                 rate, shown = (have - first) / max(now - begun, 1e-3), now
-                left = int(max(size - have, 0) / rate)
+                left = int(max(size - have, 0) / rate) if size < float("inf") else 0
                 say(f"{entry['file']}  {have / 1e6:.1f}/{size / 1e6:.1f} MB  {rate / 1e6:.1f} MB/s  "
                     f"{left // 60}:{left % 60:02d} left", stay=have < size)
             block = response.read1(BLOCK)
-    return have, digest
+    return have, have if size == float("inf") else size, digest
+
+
+def open_file(url, offset):
+    """As `open_at`, past the form in which Google Drive asks to confirm a large file. ValueError for any other page."""
+    for _ in range(3):
+        response, start = open_at(url, offset)
+        if response.headers.get_content_type() != "text/html":
+            return response, start
+        with response:
+            page = DrivePage(response.read(200_000).decode(errors="replace"))
+        if page.action is None:
+            raise ValueError(f"a web page came instead of the file{page.reason and ': '}{page.reason}")
+        confirmed = urljoin(response.url, page.action)
+        check_url(confirmed, origin=url)
+        query = dict(parse_qsl(urlsplit(confirmed).query)) | page.fields
+        url = urlsplit(confirmed)._replace(query=urlencode(query)).geturl()
+    raise ValueError("Google Drive asked for confirmation again and again")
+
+
+class DrivePage(html.parser.HTMLParser):
+    """The download form of a page: its action (None without one) and hidden fields. And the reason of a refusal."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.action, self.fields, self.reason, self.telling = None, {}, "", False
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "form" and attributes.get("id") == "download-form":
+            self.action = attributes.get("action") or ""
+        elif tag == "input" and attributes.get("type") == "hidden" and attributes.get("name"):
+            self.fields[attributes["name"]] = attributes.get("value") or ""
+        elif tag == "p":
+            self.telling = "uc-error-subcaption" in (attributes.get("class") or "")
+
+    def handle_endtag(self, tag):
+        self.telling = self.telling and tag != "p"
+
+    def handle_data(self, text):
+        if self.telling:
+            self.reason = " ".join([*self.reason.split(), *text.split()])[:200]
 
 
 def open_at(url, offset):
     """Ask `url` for the bytes from `offset` on. Returns the response and where it starts: at `offset` or at 0."""
-    request = urllib.request.Request(url, headers={"Range": f"bytes={offset}-"} if offset else {})
+    headers = {"User-Agent": "counterfactual-generative-networks"} | ({"Range": f"bytes={offset}-"} if offset else {})
+    request = urllib.request.Request(url, headers=headers)
     try:
         response = urllib.request.build_opener(CheckedRedirects).open(request, timeout=TIMEOUT)
         if response.status == 200:                     # the whole file, asked for or not: some servers ignore ranges

@@ -15,6 +15,7 @@ import socket
 import threading
 import types
 from pathlib import Path
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 import torch
@@ -60,10 +61,19 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif kind.startswith("page"):
             code, body = 200, b"<!DOCTYPE html>".ljust(len(BODY)) if kind == "page-of-right-size" else b"\n<html>"
             body = b"Sorry, moved" if kind == "page" else body
+        elif kind.startswith("drive"):                 # a form first, its answers in the next address
+            given = dict(parse_qsl(urlsplit(self.path).query))
+            if kind.startswith("drive-quota"):
+                code, body = 200, b'<p class="uc-error-subcaption">Too many <b>users</b>\n have viewed this file</p>'
+            elif kind.startswith("drive-again") or not {"confirm", "uuid"} <= given.keys():
+                action = f"{urlsplit(self.path).path}?uuid=1&amp;export=download"
+                code, body = 200, (f'<form action="{action}" method="get" id="download-form"><input type="hidden" '
+                                   f'value="7" name="id"><input type=hidden name=confirm value="t"></form>').encode()
         elif kind.startswith("to:"):
             code, body, headers["Location"] = 302, b"", kind.removeprefix("to:")
         self.send_response(code)
-        self.send_header("Content-Type", "text/html; charset=utf-8" if kind == "page" else "application/octet-stream")
+        self.send_header("Content-Type", "text/html; charset=utf-8" if kind == "page" or b"<form" in body
+                         or b"<p " in body else "application/octet-stream")
         if kind != "longer":
             self.send_header("Content-Length", str(len(body)))
         for name, value in headers.items():
@@ -203,6 +213,43 @@ def test_wrong_bytes_are_deleted(server, tmp_path, kind):
 def test_a_web_page_is_refused_and_never_kept(server, tmp_path, kind):
     assert "a web page came instead" in failure(tmp_path, server.url(kind))
     assert os.listdir(tmp_path) == [] and len(server.log) == 1
+
+
+def test_google_drive_is_sent_its_form(server, tmp_path):
+    (tmp_path / "tiny.pth.part").write_bytes(BODY[:120_000])
+    assert complete(tmp_path, get(tmp_path, server.url("drive?id=7")))
+    first, second = (entry["kind"] for entry in server.log)
+    assert first == "drive?id=7" and second == "drive?uuid=1&export=download&id=7&confirm=t"
+    assert server.log[1]["range"] == "bytes=120000-" and server.log[1]["sent"] == len(BODY) - 120_000
+
+
+def test_google_drive_refuses(server, tmp_path):
+    assert "came instead of the file: Too many users have viewed this file" in failure(tmp_path, server.url("drive-quota"))
+    server.log.clear()
+    assert "again and again" in failure(tmp_path, server.url("drive-again?"))
+    assert len(server.log) == 3
+    with pytest.raises(ValueError, match="not HTTPS"):
+        weights.check_url("http://example.com/evil", origin="https://drive.usercontent.google.com/download")
+
+
+def archive(value):
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+def test_a_file_of_unknown_size_and_hash_is_checked_by_the_sums_within(server, tmp_path, monkeypatch, capsys):
+    body = archive({"x": torch.arange(50_000)})
+    monkeypatch.setitem(globals(), "BODY", body)
+    monkeypatch.setitem(weights.FILES, "tiny", {"file": "tiny.pth", "size": None, "sha256": None, "sources": []})
+    assert complete(tmp_path, get(tmp_path, server.url("cut")))
+    assert hashlib.sha256(body).hexdigest() in capsys.readouterr().err
+    (tmp_path / "tiny.pth").unlink()
+    middle = bytearray(body)
+    middle[len(body) // 2] ^= 1
+    monkeypatch.setitem(globals(), "BODY", bytes(middle))
+    assert "wrong size" in failure(tmp_path, server.url("good"))
+    assert "cut" in failure(tmp_path, server.url("always-cut"))
 
 
 def test_a_web_page_does_not_cost_the_partial_download(server, tmp_path):

@@ -8,9 +8,9 @@ A data set is a folder of chunk_00000.pt, chunk_00001.pt, ..., each with `images
 uint8 (n, 3): the classes of shape, texture and background. dataset.json is written last, when all chunks are there.
 Image i depends on the seed, --per-shape and i alone, so an interrupted run goes on with --resume.
 
-    python generate.py --dataset imagenet --weights cgn.pth --n 50000 --out runs/counterfactuals
-    python generate.py --dataset imagenet --weights cgn.pth --shape tabby --texture zebra --n 8 --out runs/cats
-    python generate.py --dataset imagenet --weights cgn.pth --interpolate all --to zebra --out runs/morph
+    python generate.py --dataset imagenet --n 50000 --out runs/counterfactuals          # the authors' weights, fetched
+    python generate.py --dataset imagenet --shape tabby --texture zebra --n 8 --out runs/cats
+    python generate.py --dataset imagenet --weights runs/imagenet/weights.pt --interpolate all --to zebra --out runs/morph
 
 ImageNet's are files, counterfactual/0000000.jpg, ..., and labels.csv, a row for each that is there.
 """
@@ -28,15 +28,17 @@ import torchvision
 from PIL import Image
 
 from data.mnist import SIZE
-from data.runs import (ROOT, StopSignal, UserError, claim_folder, describe_run, join_ranks, load_tensors,
-                       non_negative_int, pick_bf16, pick_device, positive_int, rank_and_ranks, run_main, save_png,
-                       save_tensors, tile_sheet, truncation, wait_for_ranks, write_atomically, write_json)
-from data.weights import bare_names, check_state_dict
+from data.runs import (DOWNLOADS, ROOT, StopSignal, UserError, append_text, claim_folder, describe_run, file_sha256,
+                       join_ranks, load_tensors, non_negative_int, pick_bf16, pick_device, positive_int, rank_and_ranks,
+                       run_main, save_png, save_tensors, tile_sheet, truncation, wait_for_ranks, write_atomically,
+                       write_json)
+from data.weights import bare_names, check_state_dict, find_file, find_or_download
 from train_cgn import (CLASSES, LATENT, SMALL, ImageNetCGN, fold, load_generator, sample_sheet, shuffle_patches,
                        truncated_normal)
 
 CHUNK = 2_000                                              # images in a file
 BLOCK = 1_000                                              # random numbers are drawn for so many images at a time
+LAST = 10 ** 7                                             # ImageNet's images are numbered with seven digits
 SLICE = 100                                                # latents that a network sees at a time
 SHAPE, TEXTURE, BACKGROUND = range(3)                      # mechanisms, each with a stream of random numbers
 
@@ -95,8 +97,7 @@ def generate_batch(cgn, args, start, stop, device):
 
 def generate_dataset(cgn, args, out, device):
     """Write the chunks that are missing, then dataset.json. Memory stays that of one chunk."""
-    settings = {"seed": args.seed, "per_shape": args.per_shape, "factual": args.factual,
-                "weights_sha256": hashlib.sha256(args.weights.read_bytes()).hexdigest()}
+    settings = {name: getattr(args, name) for name in ("seed", "per_shape", "factual", "weights_sha256")}
     starts = range(0, args.n, CHUNK)
     for number, start in enumerate(starts):
         stop = min(start + CHUNK, args.n)
@@ -267,11 +268,13 @@ def label_row(args, number, classes):
     return [f"{args.save[0]}/{number:07d}.{args.format}", *classes, *(names[c] for c in classes), args.seed]
 
 
-def write_labels(out, args, rows):
-    """labels.csv with these rows in order; every one has its files."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(rows[number] for number in sorted(rows))])
+def write_labels(out, args, classes_of):
+    """labels.csv, a row for each image that has all its files. Returns their numbers."""
+    present = [{file.stem for file in (out / name).glob(f"*.{args.format}") if file.stem.isdigit()} for name in args.save]
+    complete, text = sorted(map(int, set.intersection(*present))), io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(label_row(args, n, classes_of(n)) for n in complete)])
     write_atomically(out / "labels.csv", lambda temporary: temporary.write_text(text.getvalue()))
+    return complete
 
 
 def generate_imagenet(cgn, args, out, device):
@@ -291,22 +294,29 @@ def generate_imagenet(cgn, args, out, device):
     def files(number):
         return [out / name / f"{number:07d}.{args.format}" for name in args.save]
 
+    def classes_of(number):
+        return drawn(number)[1].tolist()
+
     complete = {n for n in range(args.start, end) if all(file.is_file() for file in files(n))}
     wait_for_ranks()
     if rank == 0:                                          # what an interruption left without a row gets one now
-        write_labels(out, args, {n: label_row(args, n, drawn(n)[1].tolist()) for n in complete})
+        write_labels(out, args, classes_of)
     wait_for_ranks()
     batches = range(args.start // size, -(-end // size))
-    with concurrent.futures.ThreadPoolExecutor(8) as pool, open(out / "labels.csv", "a", newline="") as table:
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
         pending = []
 
         def finish():
+            rows, failures = io.StringIO(), []
             for number, classes, writes in pending:
-                for write in writes:
-                    write.result()
-                csv.writer(table, lineterminator="\n").writerow(label_row(args, number, classes))
-            table.flush()
+                if errors := [write.exception() for write in writes if write.exception()]:
+                    failures += errors
+                else:
+                    csv.writer(rows, lineterminator="\n").writerow(label_row(args, number, classes))
+            append_text(out / "labels.csv", rows.getvalue())
             pending.clear()
+            if failures:
+                raise failures[0]
 
         for batch in batches[rank::ranks]:
             numbers = range(batch * size, (batch + 1) * size)
@@ -328,8 +338,7 @@ def generate_imagenet(cgn, args, out, device):
         finish()
     wait_for_ranks()
     if rank == 0:                                          # in order, whatever rank was first
-        complete = [n for n in range(args.start, end) if all(file.is_file() for file in files(n))]
-        write_labels(out, args, {n: label_row(args, n, drawn(n)[1].tolist()) for n in complete})
+        complete = [n for n in write_labels(out, args, classes_of) if args.start <= n < end]
         print(f"\n{out}: {len(complete)} of {args.n} images, labels.csv"
               + ("; go on with the same command and --resume" if stop else ""))
 
@@ -378,10 +387,10 @@ def check_settings(out, args):
     """Refuse to mix pictures of different settings in one folder."""
     if (out / "args.json").is_file():
         before = json.loads((out / "args.json").read_text())["args"]
-        for name in ("weights", "seed", "truncation", "mode", "shape", "texture", "background", "save", "format", "amp",
-                     "raw_weights", "batch_size"):
+        for name in ("weights_sha256", "seed", "truncation", "mode", "shape", "texture", "background", "save", "format",
+                     "amp", "raw_weights", "batch_size"):
             now = getattr(args, name)
-            if before.get(name) != (str(now) if isinstance(now, Path) else now):
+            if before.get(name) != now:
                 raise UserError(f"--resume: {out} was made with {name} = {before.get(name)}, not {now}; give the same "
                                 "flags, or choose another --out")
 
@@ -389,8 +398,18 @@ def check_settings(out, args):
 def main_imagenet(args):
     if args.interpolate and not args.to:
         raise UserError("--interpolate: needs --to, the class to go to")
+    if args.start + args.n > LAST:
+        raise UserError(f"--start {args.start} --n {args.n}: images are numbered 0 to {LAST - 1}; choose a range within")
     choices_of(args)                                       # unknown classes show now
     device = join_ranks(pick_device(args.device))
+    if not args.weights:
+        if rank_and_ranks()[0] == 0 and not args.offline:  # one rank fetches
+            find_or_download("cgn", args.weights_dir)
+        wait_for_ranks()
+        args.weights = find_file("cgn", args.weights_dir)
+    if not args.weights:
+        raise UserError(f"--offline: no cgn.pth in {args.weights_dir}; give --weights, or let it be fetched")
+    args.weights_sha256 = file_sha256(args.weights)
     cgn, trained = load_imagenet_generator(args.weights, args.raw_weights)
     if trained.get("dataset", "imagenet") != "imagenet":
         raise UserError(f"--dataset imagenet: {args.weights} was trained on {trained['dataset']}")
@@ -414,7 +433,9 @@ def main_imagenet(args):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--weights", type=Path, required=True, help="weights.pt of a training, or published weights")
+    parser.add_argument("--weights", type=Path, help="weights.pt of a training, or published weights; "
+                        "for ImageNet the authors' cgn.pth if not given")
+    parser.add_argument("--weights-dir", type=Path, default=DOWNLOADS, help="folder with cgn.pth; fetched if missing")
     parser.add_argument("--dataset", help="refuse weights that were trained on another; published weights do not tell")
     parser.add_argument("--n", type=positive_int, default=100_000, help="images in the data set")
     parser.add_argument("--per-shape", type=positive_int, default=10, help="texture and background pairs per mask")
@@ -427,8 +448,7 @@ def parse_args(argv=None):
     parser.add_argument("--seed", type=non_negative_int, default=0, help="same seed, same images")
     parser.add_argument("--batch-size", type=positive_int, default=500, help="images at a time; changes no image")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
-    parser.add_argument("--offline", action="store_true", help="for symmetry with the other scripts: nothing is ever "
-                        "fetched here")
+    parser.add_argument("--offline", action="store_true", help="never fetch anything")
     net = parser.add_argument_group("ImageNet")
     net.add_argument("--start", type=non_negative_int, default=0, help="number of the first image, to split a data set")
     net.add_argument("--mode", choices=["random", "best"], default="random", help="draw from all classes, or from the "
@@ -457,8 +477,11 @@ def main():
     args = parse_args()
     if args.dataset == "imagenet":
         return main_imagenet(args)
+    if not args.weights:
+        raise UserError("--weights: missing; give the weights.pt of a training, or published weights")
     device = pick_device(args.device)
     cgn, trained = load_generator(args.weights, raw=args.raw_weights)
+    args.weights_sha256 = file_sha256(args.weights)
     if args.dataset and trained.get("dataset", args.dataset) != args.dataset:
         raise UserError(f"--dataset {args.dataset}: {args.weights} was trained on {trained['dataset']}")
     args.dataset = args.dataset or trained.get("dataset")

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import torch.utils.checkpoint
 
 from data.checkpoints import FROZEN, restore_training, save_training, step_seed
 from data.mnist import SIZE, VARIANTS, load_variant, to_float
-from data.pretrained import STYLE_CONVOLUTIONS, ConvNormReLU, U2Net, VGG16Features
-from data.runs import (DOWNLOADS, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction, join_ranks,
+from data.frozen import STYLE_CONVOLUTIONS, ConvNormReLU, U2Net, VGG16Features, random_networks
+from data.runs import (DOWNLOADS, ROOT, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction, join_ranks,
                        load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16, pick_device,
                        positive_int, rank_and_ranks, run_main, save_png, tile_sheet, truncation)
 from data.weights import check_state_dict, load_network, load_vgg16_features, random_vgg16_features
@@ -47,7 +48,8 @@ PRESETS = {
 # Arguments that a resumed run may change.
 FREE = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "out", "resume", "device", "kernels", "weights",
         "data_dir", "weights_dir", "biggan", "u2net"}
-# --preset small of ImageNet: 64 x 64, a hundredth of the weights, and the small U^2-Net.
+# --preset small of ImageNet: 64 x 64, a hundredth of the weights, and the small U^2-Net; data/scenes.py made its cGAN.
+STAND_INS = ROOT / "data" / "pretrained" / "small_imagenet.pt"
 SMALL = dict(output_dim=64, z_dim=32, class_embed_dim=32, channel_width=8, attention_layer_position=4,
              layers=((False, 16, 16), (True, 16, 8), (False, 8, 8), (True, 8, 4), (True, 4, 2), (True, 2, 1)))
 CLASSES = 10
@@ -218,13 +220,19 @@ class DivideBySigma(torch.autograd.Function):
         return torch.addr(gradient.flatten(1), -share * u, v).div_(sigma).view_as(normal), None, None
 
 
+@torch.no_grad()
+def power_iteration(network):
+    """Bring each layer's estimate of its singular vectors nearer, once for a training step's forward pass."""
+    for layer in network.modules():
+        if hasattr(layer, "weight_u"):
+            matrix, u, v = layer.weight_orig.flatten(1), layer.weight_u, layer.weight_v
+            v.copy_(F.normalize(torch.mv(matrix.t(), u), dim=0, eps=1e-4))
+            u.copy_(F.normalize(torch.mv(matrix, v), dim=0, eps=1e-4))
+
+
 def normalize_weight(layer, inputs=None):
-    """Set layer.weight to weight_orig divided by its largest singular value; in training after a power iteration."""
-    matrix, u, v = layer.weight_orig.detach().flatten(1), layer.weight_u, layer.weight_v
-    if layer.training:
-        v.copy_(F.normalize(torch.mv(matrix.t(), u), dim=0, eps=1e-4))
-        u.copy_(F.normalize(torch.mv(matrix, v), dim=0, eps=1e-4))
-    layer.weight = DivideBySigma.apply(layer.weight_orig, u.clone(), v.clone())
+    """Set layer.weight to weight_orig divided by its largest singular value, before each use."""
+    layer.weight = DivideBySigma.apply(layer.weight_orig, layer.weight_u.clone(), layer.weight_v.clone())
 
 
 def spectral(layer):
@@ -342,6 +350,7 @@ class BigGAN(nn.Module):
         super().__init__()
         assert 4 * 2 ** sum(up for up, _, _ in layers) == output_dim, "blocks that double the size make it output_dim"
         self.z_dim, condition = z_dim, z_dim + class_embed_dim
+        self.recompute = False                             # blocks keep no activations for their derivative
         self.embeddings = nn.Linear(num_classes, class_embed_dim, bias=False)
         self.generator = generator = nn.Module()
         generator.gen_z = spectral(nn.Linear(condition, 4 * 4 * layers[0][1] * channel_width))
@@ -363,11 +372,14 @@ class BigGAN(nn.Module):
 
         truncation: in (0, 1], chooses the statistics. Activations are channels last, as the first layer makes them.
         """
-        generator = self.generator
+        generator, recompute = self.generator, self.recompute and torch.is_grad_enabled()
+        if self.training:
+            power_iteration(self)
         condition = torch.cat([z, y if y.is_floating_point() else self.class_vectors(y)], 1)
         h = generator.gen_z(condition).unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)
         for layer in generator.layers:
-            h = layer(h, condition, truncation)
+            inputs = h, condition, truncation
+            h = torch.utils.checkpoint.checkpoint(layer, *inputs, use_reentrant=False) if recompute else layer(*inputs)
         h = generator.bn(h, condition[:, :0], truncation)
         rgb = generator.conv_to_rgb
         if hasattr(rgb, "weight_orig"):
@@ -407,7 +419,7 @@ def fold(network, truncation=1.0):
     """Constants into weights, in place: spectral norms, BatchNorms, and conditional norms for this truncation."""
     for module in network.modules():
         if hasattr(module, "weight_orig"):
-            normalize_weight(module.eval())
+            normalize_weight(module)
             weight = module.__dict__.pop("weight")
             del module.weight_orig, module.weight_u, module.weight_v
             module._forward_pre_hooks.clear()
@@ -419,37 +431,6 @@ def fold(network, truncation=1.0):
             module.conv_s1 = nn.utils.fuse_conv_bn_eval(module.conv_s1, module.bn_s1)
             module.bn_s1 = nn.Identity()
     return network.requires_grad_(False).to(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def random_networks(config, small_u2net, seed=0):
-    """State dicts of a BigGAN and a U^2-Net with random weights, and statistics that keep every layer's variance."""
-    def measure(module, inputs):
-        x = inputs[0]
-        mean, variance = ((module.running_means, module.running_vars) if isinstance(module, ConditionalNorm)
-                          else (module.running_mean, module.running_var))
-        mean[:], variance[:] = x.mean((0, 2, 3)), x.var((2, 3)).mean(0)       # within images: they keep structure
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        biggan, u2net = BigGAN(**config).eval(), U2Net(small_u2net).eval()
-        hooks = [module.register_forward_pre_hook(measure) for network in (biggan, u2net)
-                 for module in network.modules() if isinstance(module, (ConditionalNorm, nn.BatchNorm2d))]
-        biggan.generator.conv_to_rgb.bias.zero_()
-        biggan.generator.bn.weight *= 0.01                 # far from the ends of tanh and sigmoid
-        u2net.outconv.weight *= 0.01
-        z, y = torch.randn(8, biggan.z_dim), torch.randint(biggan.embeddings.in_features, (8,))
-        for _ in range(10):                                # power iterations, to know the singular values
-            biggan.train()(z[:1], y[:1], 1.0)
-        images = biggan.eval()(z, y, 1.0)
-        biggan.generator.bn.weight /= images.atanh().std()
-        logits = u2net(images / images.std()).logit()
-        for hook in hooks:
-            hook.remove()
-        factor = 4 / logits.std()                          # decided, as a trained one is
-        u2net.outconv.weight *= factor
-        u2net.outconv.bias.copy_((u2net.outconv.bias - logits.mean()) * factor)
-    return biggan.state_dict(), u2net.state_dict()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -619,18 +600,23 @@ def truncated_normal(shape, generator):
 
 def load_imagenet_networks(args, config, small):
     """ImageNetCGN on the CPU, its four BigGANs alike, and a copy without the cGAN for the moving average."""
-    biggan, u2net = random_networks(config, small, seed=1)
-    if not args.offline:
-        u2net = load_network("u2netp" if small else "u2net", args.weights_dir, args.u2net, u2net)
-        biggan = biggan if small else load_network("biggan", args.weights_dir, args.biggan, biggan)
     with torch.device("meta"):
         cgn, average = ImageNetCGN(small, **config), ImageNetCGN(small, cgan=False, **config)
+    states = {}
+    if small:
+        states = load_tensors(STAND_INS)
+    elif args.offline:
+        states["biggan"], states["u2net"] = random_networks(functools.partial(BigGAN, **config), small, seed=1)
+    for name, file, path, want in (("biggan", "biggan", args.biggan, cgn.f_shape),
+                                   ("u2net", "u2netp" if small else "u2net", args.u2net, cgn.u2net)):
+        if path or not (args.offline or small and name == "biggan"):
+            states[name] = load_network(file, args.weights_dir, path, want.state_dict())
     for network in (cgn, average):
-        state = {f"{name}.{key}": value.clone() for name, part in network.named_children()
-                 for key, value in (u2net if name == "u2net" else biggan).items()}
-        network.load_state_dict(state, assign=True)
+        network.load_state_dict({
+            f"{name}.{key}": value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+            for name, part in network.named_children()
+            for key, value in states["u2net" if name == "u2net" else "biggan"].items()}, assign=True)
     return cgn, average
-
 
 
 def epoch_order(count, seed, epoch, device):
@@ -720,6 +706,8 @@ def prepare_imagenet(args, device, bf16):
     cgn, average = cgn.to(device).train(), average.to(device).requires_grad_(False).eval()
     rates = {cgn.f_shape: args.lr_shape, cgn.f_text: args.lr_texture, cgn.f_bg: args.lr_background}
     optimizers = [torch.optim.Adam([{"params": list(f.parameters()), "lr": lr} for f, lr in rates.items()], fused=True)]
+    for mechanism in rates:
+        mechanism.recompute = args.recompute
     model = torch.nn.parallel.DistributedDataParallel(cgn, broadcast_buffers=False) if ranks > 1 else cgn
     model = torch.compile(model) if args.compile else model
     args.last_step, classes = args.max_steps, cgn.f_shape.embeddings.in_features
@@ -862,6 +850,8 @@ def parse_args(argv=None):
                      help="style loss of the foreground against patches of the object, as --style-weights")
     for name, rate in (("shape", 8e-6), ("texture", 3e-5), ("background", 1e-5)):
         net.add_argument(f"--lr-{name}", type=non_negative_float, default=rate, help=f"learning rate of the {name}")
+    net.add_argument("--recompute", action="store_true", help="activation checkpointing: blocks run again for their "
+                     "derivative, for less memory")
     net.add_argument("--compile", action="store_true", help="torch.compile the mechanisms")
 
     run = parser.add_argument_group("run")

@@ -5,6 +5,7 @@ written under a temporary name beside its place and then renamed. A user's mista
 standard error, exit code 2, no traceback.
 """
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -119,9 +120,34 @@ def write_atomically(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free some space or choose another --out") from None
+        raise cannot_write(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cannot_write(path, error):
+    return UserError(f"cannot write {path}: {error.strerror or error}; free some space, or choose another --out")
+
+
+def append_text(path, text):
+    """Append lines; the last one may be cut by a kill."""
+    try:
+        with open(path, "a") as file:
+            file.write(text)
+    except OSError as error:
+        raise cannot_write(path, error) from None
+
+
+def file_sha256(path):
+    """The hash of a file, in hexadecimal. UserError if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(2 ** 20):
+                digest.update(block)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
+    return digest.hexdigest()
 
 
 def write_json(path, value):

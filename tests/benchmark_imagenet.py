@@ -40,6 +40,8 @@ def plain_norm(norm, x, condition, truncation):
 def plain_biggan(biggan, z, y, truncation, level):
     """BigGAN.forward as published; from level 2 on with the cheaper convolutions."""
     generator = biggan.generator
+    if biggan.training:
+        train_cgn.power_iteration(biggan)
     condition = torch.cat([z, biggan.class_vectors(y)], 1)
     h = generator.gen_z(condition).unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2).contiguous()
     for layer in generator.layers:

@@ -4,7 +4,7 @@ import torch
 
 import kernels
 from conftest import fixture_files, folder_from
-from data.pretrained import VGG16Features
+from data.frozen import VGG16Features
 from data.weights import load_vgg16_features
 from kernels import StyleLoss, composite_losses, gram_matrix, style_loss
 from train_cgn import (PRESETS, UpsampleConv2d, border_loss, load_generator, perceptual_loss,

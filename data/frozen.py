@@ -101,3 +101,37 @@ class U2Net(nn.Module):
             h = getattr(self, f"stage{i}d")(torch.cat([resize_like(h, stages[i - 1]), stages[i - 1]], 1))
             sides.insert(0, getattr(self, f"side{i}")(h))
         return self.outconv(torch.cat([resize_like(side, sides[0]) for side in sides], 1)).float().sigmoid()
+
+
+@torch.no_grad()
+def random_networks(make_biggan, small_u2net, seed=0):
+    """State dicts of a BigGAN and a U^2-Net with random weights, and statistics that keep every layer's variance.
+
+    make_biggan: a function that returns the BigGAN. The same seed gives the same weights.
+    """
+    def measure(module, inputs):
+        x = inputs[0]
+        mean, variance = ((module.running_mean, module.running_var) if isinstance(module, nn.BatchNorm2d)
+                          else (module.running_means, module.running_vars))
+        mean[:], variance[:] = x.mean((0, 2, 3)), x.var((2, 3)).mean(0)       # within images: they keep structure
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        biggan, u2net = make_biggan().eval(), U2Net(small_u2net).eval()
+        hooks = [module.register_forward_pre_hook(measure) for network in (biggan, u2net)
+                 for module in network.modules() if hasattr(module, "running_means") or hasattr(module, "running_mean")]
+        biggan.generator.conv_to_rgb.bias.zero_()
+        biggan.generator.bn.weight *= 0.01                 # far from the ends of tanh and sigmoid
+        u2net.outconv.weight *= 0.01
+        z, y = torch.randn(8, biggan.z_dim), torch.randint(biggan.embeddings.in_features, (8,))
+        for _ in range(10):                                # power iterations, to know the singular values
+            biggan.train()(z[:1], y[:1], 1.0)
+        images = biggan.eval()(z, y, 1.0)
+        biggan.generator.bn.weight /= images.atanh().std()
+        logits = u2net(images / images.std()).logit()
+        for hook in hooks:
+            hook.remove()
+        factor = 4 / logits.std()                          # decided, as a trained one is
+        u2net.outconv.weight *= factor
+        u2net.outconv.bias.copy_((u2net.outconv.bias - logits.mean()) * factor)
+    return biggan.state_dict(), u2net.state_dict()

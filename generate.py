@@ -10,7 +10,7 @@ Image i depends on the seed, --per-shape and i alone, so an interrupted run goes
 
     python generate.py --dataset imagenet --n 50000 --out runs/counterfactuals          # the authors' weights, fetched
     python generate.py --dataset imagenet --shape tabby --texture zebra --n 8 --out runs/cats
-    python generate.py --dataset imagenet --weights runs/imagenet/weights.pt --interpolate all --to zebra --out runs/morph
+    python generate.py --dataset imagenet --interpolate all --to zebra --out runs/morph
 
 ImageNet's are files, counterfactual/0000000.jpg, ..., and labels.csv, a row for each that is there.
 """
@@ -270,7 +270,7 @@ def label_row(args, number, classes):
 
 def write_labels(out, args, classes_of):
     """labels.csv, a row for each image that has all its files. Returns their numbers."""
-    present = [{file.stem for file in (out / name).glob(f"*.{args.format}") if file.stem.isdigit()} for name in args.save]
+    present = [{file.stem for file in (out / name).glob(f"[0-9]*.{args.format}")} for name in args.save]
     complete, text = sorted(map(int, set.intersection(*present))), io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(label_row(args, n, classes_of(n)) for n in complete)])
     write_atomically(out / "labels.csv", lambda temporary: temporary.write_text(text.getvalue()))

@@ -23,13 +23,14 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from data.checkpoints import FROZEN, restore_training, save_training, step_seed
-from data.mnist import SIZE, VARIANTS, load_variant, to_float
 from data.frozen import STYLE_CONVOLUTIONS, ConvNormReLU, U2Net, VGG16Features, random_networks
-from data.runs import (DOWNLOADS, ROOT, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction, join_ranks,
-                       load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16, pick_device,
-                       positive_int, rank_and_ranks, run_main, save_png, tile_sheet, truncation)
+from data.mnist import SIZE, VARIANTS, load_variant, to_float
+from data.runs import (DOWNLOADS, ROOT, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction,
+                       join_ranks, load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16,
+                       pick_device, positive_int, rank_and_ranks, run_main, save_png, tile_sheet, truncation)
 from data.weights import check_state_dict, load_network, load_vgg16_features, random_vgg16_features
-from kernels import composite_losses_and_copy, sample_patch_images, style_loss, use_triton
+from kernels import (UpsampleConv2d, composite_losses_and_copy, normalize_weight, power_iteration, sample_patch_images,
+                     spectral, style_loss, use_triton)
 
 # The published settings, except for what the README lists as different. A flag given on the command line wins.
 PRESETS = {
@@ -41,13 +42,13 @@ PRESETS = {
                            binary_weight=0.3, style_weights=[0.01, 0.05, 0.0, 0.01]),
     "imagenet": dict(binary_weight=300.0, style_weights=[4.0, 4.0, 4.0, 4.0], max_steps=300, ema=0.95, log_every=1,
                      sample_every=10, save_every=10, batch_size=16, accumulate=250),
-    "imagenet small": dict(max_steps=600, ema=0.99, log_every=20, sample_every=100, save_every=100, batch_size=8,
-                           accumulate=1, lr_shape=1e-3, lr_texture=1e-3, lr_background=1e-3, binary_weight=30.0,
-                           mask_weight=5000.0, background_weight=500.0),      # the random cGAN shows no clear objects
+    "imagenet small": dict(max_steps=400, ema=0.98, log_every=20, sample_every=100, save_every=100, batch_size=8,
+                           accumulate=1, lr_shape=3e-4, lr_texture=1e-3, lr_background=1e-3,
+                           style_weights=[1.0, 1.0, 1.0, 1.0], texture_weights=[0.0, 1.5, 1.5, 0.0]),
 }
 # Arguments that a resumed run may change.
-FREE = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "out", "resume", "device", "kernels", "weights",
-        "data_dir", "weights_dir", "biggan", "u2net"}
+FREE = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "out", "resume", "device", "kernels",
+        "weights", "data_dir", "weights_dir", "biggan", "u2net", "recompute", "compile"}
 # --preset small of ImageNet: 64 x 64, a hundredth of the weights, and the small U^2-Net; data/scenes.py made its cGAN.
 STAND_INS = ROOT / "data" / "pretrained" / "small_imagenet.pt"
 SMALL = dict(output_dim=64, z_dim=32, class_embed_dim=32, channel_width=8, attention_layer_position=4,
@@ -59,26 +60,6 @@ EMBEDDING = 10                                             # numbers in a class'
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks
-
-
-@functools.cache
-@torch.inference_mode(False)
-def upsampling_taps(device, dtype):
-    """(9, 16): which of the 3 x 3 taps, mirrored, each of UpsampleConv2d's 4 x 4 sums."""
-    taps = torch.eye(9).view(1, 9, 3, 3).flip(2, 3)
-    return F.avg_pool2d(F.pad(taps, [1] * 4), 2, 1, divisor_override=1).view(9, 16).to(device, dtype)
-
-
-class UpsampleConv2d(nn.Conv2d):
-    """Nearest-neighbour upsampling by 2 and a 3 x 3 convolution (padding 1) in one, on the small image.
-
-    Each output pixel sees only 2 x 2 different inputs, so a transposed 4 x 4 convolution with summed taps gives the
-    same with 4/9 of the products, and the upsampled image is never written.
-    """
-
-    def forward(self, x):
-        kernel = self.weight.flatten(2) @ upsampling_taps(self.weight.device, self.weight.dtype)
-        return F.conv_transpose2d(x, kernel.unflatten(2, (4, 4)).transpose(0, 1), self.bias, stride=2, padding=1)
 
 
 # Both mechanisms keep the numbering of the published state dicts, where the upsampling is a layer of its own.
@@ -200,49 +181,6 @@ def initialize(network, init, gain):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Networks for ImageNet. Attributes have the names of the published state dicts.
-
-
-class DivideBySigma(torch.autograd.Function):
-    """weight / sigma with sigma = u^T W v, and its derivative in three passes over the weight."""
-
-    @staticmethod
-    def forward(ctx, weight, u, v):
-        sigma = torch.dot(u, torch.mv(weight.flatten(1), v))
-        normal = weight / sigma
-        ctx.save_for_backward(normal, u, v, sigma)
-        return normal
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        normal, u, v, sigma = ctx.saved_tensors
-        share = torch.dot(gradient.flatten(), normal.flatten())
-        return torch.addr(gradient.flatten(1), -share * u, v).div_(sigma).view_as(normal), None, None
-
-
-@torch.no_grad()
-def power_iteration(network):
-    """Bring each layer's estimate of its singular vectors nearer, once for a training step's forward pass."""
-    for layer in network.modules():
-        if hasattr(layer, "weight_u"):
-            matrix, u, v = layer.weight_orig.flatten(1), layer.weight_u, layer.weight_v
-            v.copy_(F.normalize(torch.mv(matrix.t(), u), dim=0, eps=1e-4))
-            u.copy_(F.normalize(torch.mv(matrix, v), dim=0, eps=1e-4))
-
-
-def normalize_weight(layer, inputs=None):
-    """Set layer.weight to weight_orig divided by its largest singular value, before each use."""
-    layer.weight = DivideBySigma.apply(layer.weight_orig, layer.weight_u.clone(), layer.weight_v.clone())
-
-
-def spectral(layer):
-    """Spectral normalisation (Miyato et al. 2018) with the names of the published files."""
-    weight = layer._parameters.pop("weight")
-    layer.register_parameter("weight_orig", weight)
-    for name, size in (("weight_u", weight.shape[0]), ("weight_v", weight[0].numel())):
-        layer.register_buffer(name, F.normalize(torch.randn(size, device=weight.device), dim=0))
-    layer.register_forward_pre_hook(normalize_weight)
-    return layer
 
 
 class ConditionalNorm(nn.Module):
@@ -817,7 +755,6 @@ def parse_args(argv=None):
                       help="mean mask in the outer 3 pixels; 0 as published")
     loss.add_argument("--frame-weight", type=non_negative_float, default=10.0,
                       help="colours of the background against those in the real image's outer 3 pixels; 0 as published")
-
     loss.add_argument("--warmup", type=non_negative_int, default=1000,
                       help="first steps, in which the two losses above alone act, on BatchNorm weights and biases: they "
                       "settle the background first; 0 as published")

@@ -39,7 +39,8 @@ class ConvNormReLU(nn.Module):
 
 
 def resize_like(x, other):
-    return x if x.shape[2:] == other.shape[2:] else F.interpolate(x, other.shape[2:], mode="bilinear", align_corners=True)
+    size = other.shape[2:]
+    return x if x.shape[2:] == size else F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
 class RSU(nn.Module):

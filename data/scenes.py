@@ -56,7 +56,7 @@ def learn(network, steps, loss_of, rate, name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="file for the weights; OUT.png shows what they do")
-    parser.add_argument("--steps", type=positive_int, default=4000, help="of the BigGAN; a quarter as many of the U^2-Net")
+    parser.add_argument("--steps", type=positive_int, default=4000, help="of the BigGAN; a quarter of it for the U^2-Net")
     args = parser.parse_args()
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
@@ -97,7 +97,8 @@ def main():
         image = biggan(z, y, 1.0)
         columns = [scene, image, *(m.expand(-1, 3, -1, -1) * 2 - 1 for m in (mask, u2net(image), u2net(background)))]
     save_png(args.out.with_suffix(".png"), tile_sheet(torch.stack(columns, 1) / 2 + 0.5, scale=1))
-    half = {name: {key: value.half() if value.is_floating_point() else value for key, value in network.state_dict().items()}
+    half = {name: {key: value.half() if value.is_floating_point() else value
+                   for key, value in network.state_dict().items()}
             for name, network in (("biggan", biggan), ("u2net", u2net))}
     save_tensors(args.out, half)
 

@@ -1,12 +1,15 @@
 """The hot path of a CGN step outside the convolutions: mask composite with its losses, and the Gram-matrix style loss.
 
 The eager forms below are the definition. The Triton forms, in composite.py and gram.py, are tested against them and
-run on CUDA tensors; backend "triton" or "eager" asks for one of the two, "auto" takes what the tensors allow.
+run on CUDA tensors; backend "triton" or "eager" asks for one of the two, "auto" takes what the tensors allow. The
+layers of layers.py have one form, for every device.
 """
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from kernels.layers import UpsampleConv2d, normalize_weight, power_iteration, spectral  # noqa: F401  (for the scripts)
 
 try:
     from kernels import composite, gram

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_cgn  # noqa: E402  (needs the path above)
+from kernels import layers  # noqa: E402
 from data.weights import random_vgg16_features  # noqa: E402
 
 GENERATION = ["plain", "only the three mechanisms and one mask", "upsampling inside the convolution, 3 channels of the last",
@@ -105,7 +106,7 @@ def make_generation(level):
 def make_training(level):
     cgn, run = networks(level, True)
     if level < 6:                                          # by autograd
-        train_cgn.DivideBySigma.apply = lambda weight, u, v: weight / torch.dot(u, torch.mv(weight.flatten(1), v))
+        layers.DivideBySigma.apply = lambda weight, u, v: weight / torch.dot(u, torch.mv(weight.flatten(1), v))
     args = train_cgn.parse_args(["--dataset", "imagenet", "--out", "unused"])
     dtype = torch.bfloat16 if level >= 5 else torch.float32
     vgg = train_cgn.VGG16Features(random_vgg16_features(10 if level >= 1 else 13)).to(dtype)

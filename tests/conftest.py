@@ -76,7 +76,7 @@ def digits_dir(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(digits_dir):
     """Flags of a training that takes a second: few digits, no VGG."""
     return ["--data-dir", digits_dir, "--style-weights", 0, 0, 0, 0, "--device", "cpu", "--ndf", 16, "--max-steps", 6,

@@ -12,11 +12,12 @@ import torch
 
 import generate
 from conftest import ROOT, fixture_files, folder_from, run
+from data.scenes import draw_scenes
 from data.runs import UserError, load_tensors, run_main
 from generate import class_number, draw_image, load_imagenet_generator
 from data.frozen import U2Net, random_networks
-from train_cgn import (SMALL, BigGAN, DivideBySigma, ImageNetCGN, fold, parse_args, power_iteration, prepare_imagenet,
-                       spectral, truncated_normal)
+from kernels.layers import DivideBySigma, power_iteration, spectral
+from train_cgn import SMALL, STAND_INS, BigGAN, ImageNetCGN, fold, parse_args, prepare_imagenet, truncated_normal
 
 
 def close(actual, expected, relative=1e-4):
@@ -48,6 +49,37 @@ def test_u2net_reproduces_published_masks_also_folded(file):
     with torch.no_grad():
         close(u2net(content["x"]), content["mask"])
         close(fold(copy.deepcopy(u2net))(content["x"]), content["mask"])
+
+
+def scenes(count, size=64):
+    generator = torch.Generator().manual_seed(3)
+    return draw_scenes(truncated_normal((count, 32), generator), torch.randn(count, 32, generator=generator), size)
+
+
+def test_published_saliency_finds_drawn_objects_also_in_bf16():
+    weights = folder_from("CGN_WEIGHTS")
+    if weights is None or not (weights / "u2netp.pth").is_file():
+        pytest.skip(f"no u2netp.pth in CGN_WEIGHTS={weights}")
+    u2net = U2Net(small=True).eval()
+    u2net.load_state_dict(torch.load(weights / "u2netp.pth", weights_only=True))
+    image, _, truth = scenes(6, 256)
+    with torch.no_grad():
+        mask = fold(u2net)(image)
+        coarse = u2net.bfloat16()(image.bfloat16())
+    assert (mask - truth).abs().mean() < 0.02 and (coarse - mask).abs().mean() < 0.01
+
+
+def test_stand_ins_show_objects_and_find_them():
+    states, biggan, u2net = load_tensors(STAND_INS), BigGAN(**SMALL).eval(), U2Net(True).eval()
+    biggan.load_state_dict(states["biggan"])
+    u2net.load_state_dict(states["u2net"])
+    z, y = truncated_normal((16, 32), torch.Generator().manual_seed(5)), torch.arange(16) * 60
+    with torch.no_grad():
+        image, (scene, background, truth) = biggan(z, y, 1.0), draw_scenes(z, biggan.class_vectors(y))
+        mask, empty = u2net(image), u2net(background)
+    assert (image - scene).abs().mean() < 0.3 * scene.std()
+    assert ((mask > 0.5) & (truth > 0.5)).sum() > 0.6 * ((mask > 0.5) | (truth > 0.5)).sum()
+    assert empty.mean() < 0.05
 
 
 def test_parameters_and_names_of_the_full_size():
@@ -189,6 +221,16 @@ def test_accumulated_gradients_are_the_mean_of_the_batches():
     both, = gradients("--accumulate", 2)
     assert (first - second).norm() > 0.1 * first.norm()
     close(both, (first + second) / 2, 1e-5)
+
+
+def test_the_small_preset_learns():
+    args = parse_args([str(flag) for flag in [*FLAGS, "--batch-size", 4, "--out", "unused"]])
+    _, _, make_step, _ = prepare_imagenet(args, torch.device("cpu"), False)
+    steps = [make_step(step) for step in range(24)]
+    first, last = ({name: torch.stack([s[name] for s in some]).mean() for name in some[0]}
+                   for some in (steps[:4], steps[-4:]))
+    assert last["background"] < 0.5 * first["background"] and last["texture"] < 0.8 * first["texture"]
+    assert last["binary"] < first["binary"] and 0.05 < last["mask_mean"] < 0.4
 
 
 def test_two_ranks_have_the_gradients_of_their_joint_batch(tmp_path):

@@ -164,10 +164,18 @@ def test_other_seed_other_weights(tmp_path, tiny):
     assert not same(*(load(tmp_path / str(seed) / "checkpoint.pt")["generator"] for seed in (0, 1)))
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tiny, tmp_path_factory):
+    """Flags of a training of 80 steps, and its last checkpoint."""
+    flags = ["--dataset", "colored_mnist", *map(str, tiny), "--max-steps", "80", "--log-every", "1", "--save-every", "5"]
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    run("train_cgn.py", *flags, "--out", out)
+    return flags, load(out / "checkpoint.pt")
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_training_resumes_to_the_same_end(tmp_path, tiny, number):
-    flags = ["--dataset", "colored_mnist", *map(str, tiny), "--max-steps", "120", "--log-every", "1", "--save-every", "5"]
-    run("train_cgn.py", *flags, "--out", tmp_path / "whole")
+def test_killed_training_resumes_to_the_same_end(tmp_path, undisturbed, number):
+    flags, whole = undisturbed
     command = [sys.executable, str(ROOT / "train_cgn.py"), *flags, "--out", str(tmp_path / "killed")]
     log = tmp_path / "killed" / "log.jsonl"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
@@ -177,14 +185,13 @@ def test_killed_training_resumes_to_the_same_end(tmp_path, tiny, number):
         process.send_signal(number)
         output = process.communicate()[0]
     step = load(tmp_path / "killed" / "checkpoint.pt")["step"]
-    assert 10 <= step < 120
+    assert 10 <= step < 80
     if number != signal.SIGKILL:
         assert process.returncode == 0 and f"stopped after step {step}" in output and "--resume" in output
     run("train_cgn.py", *flags, "--resume", "--out", tmp_path / "killed")
-    whole, killed = (load(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed"))
-    assert same(without_args(whole), without_args(killed))
+    assert same(without_args(whole), without_args(load(tmp_path / "killed" / "checkpoint.pt")))
     steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
-    assert steps == list(range(1, 121))
+    assert steps == list(range(1, 81))
 
 
 def test_generation_resumes(trained, tmp_path):

@@ -646,8 +646,9 @@ def prepare_imagenet(args, device, bf16):
     optimizers = [torch.optim.Adam([{"params": list(f.parameters()), "lr": lr} for f, lr in rates.items()], fused=True)]
     for mechanism in rates:
         mechanism.recompute = args.recompute
+        if args.compile:
+            mechanism.compile()
     model = torch.nn.parallel.DistributedDataParallel(cgn, broadcast_buffers=False) if ranks > 1 else cgn
-    model = torch.compile(model) if args.compile else model
     args.last_step, classes = args.max_steps, cgn.f_shape.embeddings.in_features
 
     def make_step(step):

@@ -4,7 +4,8 @@
 
 Full size, 256 x 256, random weights. The plain form: nothing folded, float32, channels first, upsampling before the
 convolution, all 128 channels of the last one, all of VGG-16, and in generation the cGAN and the background's saliency,
-too. Each form runs in a process of its own, for its peak memory; the first call warms up, the median of the next is told.
+too. Each form runs in a process of its own, for its peak memory; the first call warms up, the median of the next is
+told.
 """
 import multiprocessing
 import resource
@@ -22,11 +23,12 @@ import train_cgn  # noqa: E402  (needs the path above)
 from kernels import layers  # noqa: E402
 from data.weights import random_vgg16_features  # noqa: E402
 
-GENERATION = ["plain", "only the three mechanisms and one mask", "upsampling inside the convolution, 3 channels of the last",
+GENERATION = ["plain", "only the three mechanisms and one mask",
+              "upsampling inside the convolution, 3 channels of the last",
               "channels last, one product and sum for each norm", "folded weights", "bf16"]
 TRAINING = ["plain", "VGG-16 up to the last used layer", "upsampling inside the convolution, 3 channels of the last",
             "channels last, one product and sum for each norm", "frozen networks folded", "bf16",
-            "derivative of the spectral norms in three passes"]
+            "derivative of the spectral norms in three passes", "--recompute: less memory, not less time"]
 CALLS = 3
 
 
@@ -76,6 +78,8 @@ def networks(level, training):
         cgn.requires_grad_(True)
         cgn.biggan_GT.requires_grad_(False)
         cgn.u2net.requires_grad_(False)
+        for mechanism in (cgn.f_shape, cgn.f_text, cgn.f_bg):
+            mechanism.recompute = level >= 7
     if level >= 4:
         for network in (cgn.biggan_GT, cgn.u2net) if training else [cgn]:
             train_cgn.fold(network.eval() if training else network, 0.5)
@@ -159,14 +163,15 @@ def measure(make, level):
 def main():
     context = multiprocessing.get_context("spawn")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, 256 x 256, batch 1, median of {CALLS} calls")
-    for title, names, make in (("a generated image", GENERATION, make_generation), ("a training step", TRAINING, make_training)):
+    for title, names, make in (("a generated image", GENERATION, make_generation),
+                               ("a training step", TRAINING, make_training)):
         first = None
         for level, name in enumerate(names):
             with context.Pool(1) as pool:
                 seconds, memory = pool.apply(measure, (make, level))
             first = first or seconds
-            print(f"{title:18} {'+ ' * (level > 0)}{name:62} {seconds:7.2f} s {100 * seconds / first:5.0f} %  {memory:5.1f} GB",
-                  flush=True)
+            print(f"{title:18} {'+ ' * (level > 0)}{name:62} {seconds:7.2f} s {100 * seconds / first:5.0f} %  "
+                  f"{memory:5.1f} GB", flush=True)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ FREE = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "out",
 # --preset small of ImageNet: 64 x 64, a hundredth of the weights, and the small U^2-Net; data/scenes.py made its cGAN.
 STAND_INS = ROOT / "data" / "pretrained" / "small_imagenet.pt"
 SMALL = dict(output_dim=64, z_dim=32, class_embed_dim=32, channel_width=8, attention_layer_position=4,
-             layers=((False, 16, 16), (True, 16, 8), (False, 8, 8), (True, 8, 4), (True, 4, 2), (True, 2, 1)))
+             layers=((True, 16, 16), (False, 16, 16), (True, 16, 8), (True, 8, 8), (False, 8, 8), (True, 8, 4)))
 CLASSES = 10
 LATENT = 32                                                # numbers in z, for each mechanism
 EMBEDDING = 10                                             # numbers in a class's embedding

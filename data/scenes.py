@@ -56,7 +56,7 @@ def learn(network, steps, loss_of, rate, name):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="file for the weights; OUT.png shows what they do")
-    parser.add_argument("--steps", type=positive_int, default=4000, help="of the BigGAN; a quarter of it for the U^2-Net")
+    parser.add_argument("--steps", type=positive_int, default=5000, help="of the BigGAN; a fifth of it for the U^2-Net")
     args = parser.parse_args()
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
@@ -88,9 +88,9 @@ def main():
             saliency = u2net(scene)
         return F.binary_cross_entropy(saliency, mask)
 
-    learn(biggan.train(), args.steps, difference, 2e-3, "BigGAN")
+    learn(biggan.train(), args.steps, difference, 6e-3, "BigGAN")
     biggan.eval()
-    learn(u2net.train(), args.steps // 4, wrong_saliency, 1e-3, "U^2-Net")
+    learn(u2net.train(), args.steps // 5, wrong_saliency, 1e-3, "U^2-Net")
     u2net.eval()
     with torch.no_grad():
         z, y, (scene, background, mask) = draw(8)

@@ -199,9 +199,9 @@ def test_training_resumes_to_the_same_bits(trained, tmp_path):
     assert not any(name.startswith(("biggan_GT", "u2net")) for name in whole["generator"])
 
 
-# Losses that compare the composite with the cGAN's image are left out: both are alike before the first step, and the
-# signs of their differences are those of rounding errors.
-SMOOTH = [*FLAGS, "--reconstruction-weight", 0, "--style-weights", 0, 0, 0, 0]
+# Without the losses that compare by absolute differences. Composite and cGAN's image are alike before the first step,
+# Gram matrices nearly so: the signs of their differences would be those of rounding errors.
+SMOOTH = [*FLAGS, "--reconstruction-weight", 0, "--style-weights", 0, 0, 0, 0, "--texture-weights", 0, 0, 0, 0]
 
 
 def gradients(*flags, steps=1):
@@ -238,7 +238,8 @@ def test_two_ranks_have_the_gradients_of_their_joint_batch(tmp_path):
     state = checkpoint(tmp_path / "run")["optimizers"][0]["state"]
     two = torch.cat([state[number]["exp_avg"].flatten() for number in sorted(state)]) * 10     # after one step of Adam
     one, = gradients("--accumulate", 2, "--batch-size", 4)
-    assert one.norm() > 0 and (one - two).norm() < 1e-3 * one.norm()
+    # Rounding: one process with one thread and with two differ by 0.3 %. A missing rank would be most of it.
+    assert one.norm() > 0 and (one - two).norm() < 0.01 * one.norm()
 
 
 def rows(folder):

@@ -1,8 +1,11 @@
 """Helpers for all tests: scripts run as a user runs them, and a small MNIST in IDX files."""
 import gzip
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
+import tempfile
+import types
 from pathlib import Path
 
 import pytest
@@ -49,12 +52,32 @@ def fixture_files(pattern):
     return [pytest.param(file, id=file.name) for file in files]
 
 
+# Scripts run in processes forked from one that has imported torch and nothing else: importing it takes most of the time
+# of a small run.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["torch", "torchvision", "torch.distributed", "kernels"])
+
+
+def as_main(command, output):
+    """In a process of its own: what `python script.py --flags` does, with its output in files."""
+    for number, path in enumerate(output, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
 def run(script, *flags, expect=0):
-    """Run a script of the repository in a subprocess. Returns the finished process; its output shows on failure."""
-    command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == expect, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    return done
+    """Run a script of the repository in a process of its own. Its output is returned, and shows on failure."""
+    command = [str(ROOT / script), *map(str, flags)]
+    with tempfile.TemporaryDirectory() as folder:
+        output = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = processes.Process(target=as_main, args=(command, output))
+        process.start()
+        process.join(300)
+        process.kill()                                     # if it is still there
+        stdout, stderr = (path.read_text() if path.exists() else "" for path in output)
+    assert process.exitcode == expect, f"{process.exitcode}: {command}\n{stdout[-2000:]}\n{stderr[-3000:]}"
+    return types.SimpleNamespace(stdout=stdout, stderr=stderr)
 
 
 def write_idx(path, values):

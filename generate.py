@@ -32,8 +32,8 @@ from data.runs import (DOWNLOADS, ROOT, StopSignal, UserError, append_text, clai
                        join_ranks, load_tensors, non_negative_int, pick_bf16, pick_device, positive_int, rank_and_ranks,
                        run_main, save_png, save_tensors, tile_sheet, truncation, wait_for_ranks, write_atomically,
                        write_json)
-from data.weights import bare_names, check_state_dict, find_file, find_or_download
-from train_cgn import (CLASSES, LATENT, SMALL, ImageNetCGN, fold, load_generator, sample_sheet, shuffle_patches,
+from data.weights import find_file, find_or_download
+from train_cgn import (CLASSES, LATENT, fold, load_generator, load_imagenet_generator, sample_sheet, shuffle_patches,
                        truncated_normal)
 
 CHUNK = 2_000                                              # images in a file
@@ -171,26 +171,6 @@ def write_sheets(cgn, args, out, device):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ImageNet
-
-
-def load_imagenet_generator(path, raw=False):
-    """The mechanisms and U^2-Net from our weights.pt or the published cgn.pth, as ImageNetCGN in eval mode, and args.
-
-    The frozen cGAN is left out. Raises UserError for a file that is missing, damaged or of another network.
-    """
-    content = load_tensors(path)
-    args = content.get("args", {}) if isinstance(content, dict) else {}
-    small = args.get("preset") == "small"
-    state = bare_names(content.get("average", content) if isinstance(content, dict) else content, path)
-    if raw and "generator" in content:
-        state |= content["generator"]
-    with torch.device("meta"):
-        cgn = ImageNetCGN(small, cgan=False, **(SMALL if small else {}))
-    state = {name: value for name, value in state.items() if not name.startswith("biggan_GT.")}
-    state = check_state_dict(state, cgn.state_dict(), path)
-    cgn.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in state.items()},
-                        assign=True)
-    return cgn.eval(), args
 
 
 def class_number(text):

@@ -28,7 +28,7 @@ from data.mnist import SIZE, VARIANTS, load_variant, to_float
 from data.runs import (DOWNLOADS, ROOT, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction,
                        join_ranks, load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16,
                        pick_device, positive_int, rank_and_ranks, run_main, save_png, tile_sheet, truncation)
-from data.weights import check_state_dict, load_network, load_vgg16_features, random_vgg16_features
+from data.weights import bare_names, check_state_dict, load_network, load_vgg16_features, random_vgg16_features
 from kernels import (UpsampleConv2d, composite_losses_and_copy, normalize_weight, power_iteration, sample_patch_images,
                      spectral, style_loss, use_triton)
 
@@ -477,6 +477,26 @@ def load_generator(path, *, raw=False):
     return cgn.eval(), args if isinstance(args, dict) else {}
 
 
+def load_imagenet_generator(path, raw=False):
+    """The mechanisms and U^2-Net from our weights.pt or the published cgn.pth, as ImageNetCGN in eval mode, and args.
+
+    The frozen cGAN is left out. Raises UserError for a file that is missing, damaged or of another network.
+    """
+    content = load_tensors(path)
+    args = content.get("args", {}) if isinstance(content, dict) else {}
+    small = args.get("preset") == "small"
+    state = bare_names(content.get("average", content) if isinstance(content, dict) else content, path)
+    if raw and "generator" in content:
+        state |= content["generator"]
+    with torch.device("meta"):
+        cgn = ImageNetCGN(small, cgan=False, **(SMALL if small else {}))
+    state = {name: value for name, value in state.items() if not name.startswith("biggan_GT.")}
+    state = check_state_dict(state, cgn.state_dict(), path)
+    cgn.load_state_dict({name: value.float() if value.is_floating_point() else value for name, value in state.items()},
+                        assign=True)
+    return cgn.eval(), args
+
+
 @torch.no_grad()
 def update_average(average, network, decay):
     """Exponential moving average of all weights and BatchNorm statistics; singular vectors are taken over."""
@@ -538,6 +558,10 @@ def truncated_normal(shape, generator):
 
 def load_imagenet_networks(args, config, small):
     """ImageNetCGN on the CPU, its four BigGANs alike, and a copy without the cGAN for the moving average."""
+    if args.weights:
+        given, trained = load_imagenet_generator(args.weights)
+        if (trained.get("preset") == "small") != small:
+            raise UserError(f"--weights {args.weights}: of another --preset")
     with torch.device("meta"):
         cgn, average = ImageNetCGN(small, **config), ImageNetCGN(small, cgan=False, **config)
     states = {}
@@ -554,7 +578,9 @@ def load_imagenet_networks(args, config, small):
             f"{name}.{key}": value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
             for name, part in network.named_children()
             for key, value in states["u2net" if name == "u2net" else "biggan"].items()}, assign=True)
-    return cgn, average
+    if args.weights:
+        cgn.load_state_dict(given.state_dict(), strict=False)                 # all but the cGAN
+    return cgn, given if args.weights else average
 
 
 def epoch_order(count, seed, epoch, device):

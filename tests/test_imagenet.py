@@ -14,10 +14,11 @@ import generate
 from conftest import ROOT, fixture_files, folder_from, run
 from data.scenes import draw_scenes
 from data.runs import UserError, load_tensors, run_main
-from generate import class_number, draw_image, load_imagenet_generator
+from generate import class_number, draw_image
 from data.frozen import U2Net, random_networks
 from kernels.layers import DivideBySigma, power_iteration, spectral
-from train_cgn import SMALL, STAND_INS, BigGAN, ImageNetCGN, fold, parse_args, prepare_imagenet, truncated_normal
+from train_cgn import (SMALL, STAND_INS, BigGAN, ImageNetCGN, fold, load_imagenet_generator, parse_args,
+                       prepare_imagenet, truncated_normal)
 
 
 def close(actual, expected, relative=1e-4):
@@ -240,6 +241,18 @@ def test_two_ranks_have_the_gradients_of_their_joint_batch(tmp_path):
     one, = gradients("--accumulate", 2, "--batch-size", 4)
     # Rounding: one process with one thread and with two differ by 0.3 %. A missing rank would be most of it.
     assert one.norm() > 0 and (one - two).norm() < 0.01 * one.norm()
+
+
+def test_training_starts_from_given_weights(trained, tmp_path):
+    args = parse_args([str(flag) for flag in [*FLAGS, "--weights", trained / "weights.pt", "--out", "unused"]])
+    parts = prepare_imagenet(args, torch.device("cpu"), False)[0]
+    average = torch.load(trained / "weights.pt", weights_only=True)["average"]
+    for name in ("generator", "average"):
+        state = parts[name].state_dict()
+        assert all(torch.equal(state[key], value) for key, value in average.items() if key.startswith("f_"))
+    done = run("train_cgn.py", "--dataset", "imagenet", "--offline", "--device", "cpu", "--weights",
+               trained / "weights.pt", "--out", tmp_path / "run", expect=2)
+    assert "of another --preset" in done.stderr
 
 
 def rows(folder):

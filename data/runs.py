@@ -243,7 +243,10 @@ def describe_run(out, script, args):
 
 def plain(args):
     """Arguments as JSON can hold them."""
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    def text(value):
+        return [*map(text, value)] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+
+    return {key: text(value) for key, value in vars(args).items()}
 
 
 class Log:

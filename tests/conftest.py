@@ -3,6 +3,7 @@ import gzip
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 import types
@@ -78,6 +79,28 @@ def run(script, *flags, expect=0):
         stdout, stderr = (path.read_text() if path.exists() else "" for path in output)
     assert process.exitcode == expect, f"{process.exitcode}: {command}\n{stdout[-2000:]}\n{stderr[-3000:]}"
     return types.SimpleNamespace(stdout=stdout, stderr=stderr)
+
+
+def torchrun(ranks, script, *flags):
+    """Run a script on several ranks of this CPU."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "29541",
+               "--", str(ROOT / script), *map(str, flags)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+SMALL_IMAGENET = ["--dataset", "imagenet", "--preset", "small", "--offline", "--device", "cpu", "--amp", "off",
+                  "--batch-size", 2, "--style-weights", 1, 0, 0, 0, "--texture-weights", 1, 0, 0, 0]
+
+
+@pytest.fixture(scope="session")
+def small_cgn(tmp_path_factory):
+    """The run folder of an ImageNet CGN of the small preset, after three steps."""
+    out = tmp_path_factory.mktemp("imagenet") / "run"
+    run("train_cgn.py", *SMALL_IMAGENET, "--accumulate", 2, "--steps", 3, "--log-every", 1, "--save-every", 2, "--out", out)
+    return out
 
 
 def write_idx(path, values):

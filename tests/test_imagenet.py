@@ -1,7 +1,6 @@
 """ImageNet networks against known numbers and the published names, folding, training, generation, and several ranks."""
 import copy
 import csv
-import os
 import subprocess
 import sys
 import time
@@ -11,7 +10,7 @@ import pytest
 import torch
 
 import generate
-from conftest import ROOT, fixture_files, folder_from, run
+from conftest import ROOT, SMALL_IMAGENET, fixture_files, folder_from, run, torchrun
 from data.scenes import draw_scenes
 from data.runs import UserError, load_tensors, run_main
 from generate import class_number, draw_image
@@ -165,23 +164,12 @@ def test_random_networks_are_seeded_and_have_contrast():
 # The scripts
 
 
-FLAGS = ["--dataset", "imagenet", "--preset", "small", "--offline", "--device", "cpu", "--amp", "off",
-         "--batch-size", 2, "--style-weights", 1, 0, 0, 0, "--texture-weights", 1, 0, 0, 0]
-
-
-def torchrun(ranks, script, *flags):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "29541",
-               "--", str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    return done
+FLAGS = SMALL_IMAGENET
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    out = tmp_path_factory.mktemp("imagenet") / "run"
-    run("train_cgn.py", *FLAGS, "--accumulate", 2, "--steps", 3, "--log-every", 1, "--save-every", 2, "--out", out)
-    return out
+def trained(small_cgn):
+    return small_cgn
 
 
 def checkpoint(folder):

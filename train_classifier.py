@@ -3,7 +3,7 @@
     python train_classifier.py --dataset colored_mnist --train original --out runs/biased
     python train_classifier.py --dataset colored_mnist --train counterfactual --counterfactual runs/cf --out runs/invariant
 
-    python train_classifier.py --dataset imagenet --data-dir IMAGENET --counterfactual runs/counterfactuals --out runs/ensemble
+    python train_classifier.py --dataset imagenet --data-dir IMAGENET --counterfactual runs/cf --out runs/ensemble
 
 Sauer & Geiger, ICLR 2021, section 4. Two test sets tell: `decorrelated`, where colours and textures say nothing of
 the digit, and `correlated`, the same digits drawn as in training. The figure to quote is the last epoch's.

@@ -173,9 +173,11 @@ class Images(torch.utils.data.Dataset):
             image = decode_image(read_file(str(self.paths[number])), ImageReadMode.RGB)
         except RuntimeError:
             return None, None, number
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed((self.seed * 1_000_003 + self.epoch) * 10_000_019 + number)
-            return self.change(image), self.labels[number], 0
+        state = torch.default_generator.get_state()
+        torch.default_generator.manual_seed((self.seed * 1_000_003 + self.epoch) * 10_000_019 + number)
+        image = self.change(image)
+        torch.default_generator.set_state(state)
+        return image, self.labels[number], 0
 
 
 def collate(items):
@@ -206,6 +208,6 @@ def batches(images, order, size, workers, device):
 
 def normalized(images, dtype=torch.float32, mean=MEAN, std=STD):
     """uint8 (N, 3, H, W) -> standardised as torchvision's weights expect, channels last."""
-    factors = [images.new_tensor(x, dtype=torch.float32).view(1, 3, 1, 1) for x in (mean, std)]
-    images = images.to(torch.float32, memory_format=torch.channels_last)
-    return images.div_(255).sub_(factors[0]).div_(factors[1]).to(dtype)
+    mean, std = (images.new_tensor(x, dtype=torch.float32).view(1, 3, 1, 1) for x in (mean, std))
+    images = images.float().mul_(1 / (255 * std)).sub_(mean / std)
+    return images.to(dtype, memory_format=torch.channels_last)

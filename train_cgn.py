@@ -483,11 +483,12 @@ def load_imagenet_generator(path, raw=False):
     The frozen cGAN is left out. Raises UserError for a file that is missing, damaged or of another network.
     """
     content = load_tensors(path)
-    args = content.get("args", {}) if isinstance(content, dict) else {}
+    args = content.get("args") if isinstance(content, dict) else None
+    args = args if isinstance(args, dict) else {}
     small = args.get("preset") == "small"
     state = bare_names(content.get("average", content) if isinstance(content, dict) else content, path)
     if raw and "generator" in content:
-        state |= content["generator"]
+        state |= bare_names(content["generator"], path)
     with torch.device("meta"):
         cgn = ImageNetCGN(small, cgan=False, **(SMALL if small else {}))
     state = {name: value for name, value in state.items() if not name.startswith("biggan_GT.")}

@@ -20,6 +20,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
+from data.checkpoints import step_seed
 from data.imagenet import (Images, batches, counterfactual_images, cue_conflict_images, facts, imagenet9_images,
                            normalized, transform, validation_images, wnid_images)
 from data.mnist import VARIANTS, load_variant, to_float
@@ -358,12 +359,13 @@ def learning_rate(args, epoch):
     return args.lr * 0.1 ** (int(epoch) // args.lr_step)
 
 
-def epoch_order(count, wanted, seed, epoch, batch):
-    """`wanted` numbers below count in random order, whole permutations first; this rank's share of each batch."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 2 + (wanted != count))
-    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(-(-wanted // count))])[:wanted]
+def epoch_order(count, steps, batch, seed, epoch):
+    """Numbers below count for all steps, in random order, whole permutations first; this rank's share of each batch."""
+    generator = torch.Generator().manual_seed(step_seed(seed, epoch))
+    rounds = -(-steps * batch // count)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:steps * batch]
     rank, ranks = rank_and_ranks()
-    return order[:wanted // batch * batch].view(-1, batch)[:, rank::ranks].flatten().tolist()
+    return order.view(steps, batch)[:, rank::ranks].flatten().tolist()
 
 
 def imagenet_epoch(model, optimizer, average, real, counterfactual, args, epoch, device):
@@ -373,7 +375,7 @@ def imagenet_epoch(model, optimizer, average, real, counterfactual, args, epoch,
     for images, size in ((real, args.batch_size), (counterfactual, round(args.cf_ratio * args.batch_size))):
         if images is not None and size:
             images.epoch = epoch
-            order = epoch_order(len(images), steps * size, args.seed, epoch, size)
+            order = epoch_order(len(images), steps, size, images.seed, epoch)
             parts.append(batches(images, order, size // ranks, args.workers, device))
     model.train()
     losses = []
@@ -395,7 +397,7 @@ def imagenet_epoch(model, optimizer, average, real, counterfactual, args, epoch,
 
 
 def train_imagenet(args, ensemble, tests, real, counterfactual, out, device):
-    """Epochs, each with evaluation and checkpoint; rank 0 writes."""
+    """Epochs, each with evaluation and checkpoint; rank 0 writes. Returns the last evaluation's rows."""
     rank, ranks = rank_and_ranks()
     average = copy.deepcopy(ensemble).requires_grad_(False) if args.ema else None
     optimizer = torch.optim.SGD(ensemble.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
@@ -426,7 +428,7 @@ def train_imagenet(args, ensemble, tests, real, counterfactual, out, device):
                 "model": ensemble.state_dict(), "average": average.state_dict() if average else {},
                 "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "best": max(best, measure)})
         best = max(best, measure)
-    return average or ensemble, rows
+    return rows or evaluate(average or ensemble, tests, args, device)      # resumed when all was done
 
 
 def load_ensemble(args):
@@ -447,6 +449,10 @@ def main_imagenet(args):
     device = join_ranks(pick_device(args.device))
     rank, ranks = rank_and_ranks()
     args.bf16 = pick_bf16(args.amp, device)
+    if args.evaluate and not args.weights:
+        raise UserError("--evaluate: needs --weights, an ensemble's weights.pt")
+    if not args.evaluate and not args.data_dir:
+        raise UserError("training needs --data-dir, ImageNet's folder; or give --evaluate")
     for name, size in (("--batch-size", args.batch_size), ("--batch-size x --cf-ratio", args.cf_ratio * args.batch_size)):
         if round(size) % ranks:
             raise UserError(f"{name}: {size} images cannot be shared out evenly over {ranks} ranks")
@@ -454,6 +460,10 @@ def main_imagenet(args):
     tests = load_tests(args, found)
     if not tests:
         raise UserError("nothing to evaluate: give --data-dir, --counterfactual, --cue-conflict, --imagenet9 or --ood")
+    if not args.evaluate:
+        real = Images(*wnid_images(args.data_dir / "train"), transform(True, args.image_size), args.seed)
+        if len(real) < args.batch_size:
+            raise UserError(f"--batch-size {args.batch_size}: larger than the {len(real)} training images")
     torch.manual_seed(args.seed)
     ensemble = load_ensemble(args).to(device, memory_format=torch.channels_last)
     out = claim_folder(args.out, __file__, args.resume) if rank == 0 else args.out
@@ -469,17 +479,11 @@ def main_imagenet(args):
     if args.evaluate:
         rows = evaluate(ensemble, tests, args, device) + rows
     else:
-        if not args.data_dir:
-            raise UserError("training needs --data-dir, ImageNet's folder; or give --evaluate")
-        real = Images(*wnid_images(args.data_dir / "train"), transform(True, args.image_size), args.seed)
-        if len(real) < args.batch_size:
-            raise UserError(f"--batch-size {args.batch_size}: larger than the {len(real)} training images")
         wanted = round(args.cf_ratio * len(real))
         if found and rank == 0 and wanted > len(found[0]):
             print(f"{len(found[0])} counterfactuals for {wanted} in each epoch: they are drawn more than once")
         counterfactual = Images(*found, transform(True, args.image_size), args.seed + 1) if found else None
-        ensemble, last = train_imagenet(args, ensemble, tests, real, counterfactual, out, device)
-        rows = last + rows
+        rows = train_imagenet(args, ensemble, tests, real, counterfactual, out, device) + rows
     if rank == 0:
         write_table(out, rows)
 

@@ -39,7 +39,7 @@ def draw_scenes(z, code, size=64):
 
 
 def learn(network, steps, loss_of, rate, name):
-    """Adam with a cosine from `rate` to 0; loss_of(step) is to be made small."""
+    """Adam with a cosine from `rate` to 0; loss_of() is to be made small."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(parameters, rate, betas=(0.5, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)

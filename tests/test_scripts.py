@@ -249,7 +249,7 @@ MISTAKES = {
     "imagenet, weights foreign": ("generate.py --dataset imagenet --weights FOREIGN --out OUT", "FOREIGN"),
     "imagenet, MNIST weights": ("generate.py --dataset imagenet --weights TRAINED/weights.pt --out OUT", "weights needed"),
     "imagenet, no goal": ("generate.py --dataset imagenet --weights FOREIGN --interpolate all --out OUT", "--to"),
-    "imagenet classifier": ("train_classifier.py --dataset imagenet --out OUT", "nothing to evaluate"),
+    "imagenet classifier": ("train_classifier.py --dataset imagenet --out OUT", "needs --data-dir"),
     "zero batch": ("train_cgn.py --dataset colored_mnist --out OUT --batch-size 0", "--batch-size"),
     "batch larger than the data": ("train_cgn.py --dataset colored_mnist --data-dir DIGITS --style-weights 0 0 0 0 "
                                    "--out OUT --batch-size 601", "--batch-size 601"),

@@ -718,7 +718,7 @@ def train(args, out, device):
     start, last = 0, args.__dict__.pop("last_step")
     checkpoint = out / "checkpoint.pt" if args.resume == "auto" else args.resume
     if args.resume and (args.resume != "auto" or checkpoint.exists()):      # nothing saved yet: begin
-        start = restore_training(Path(checkpoint), args, parts, optimizers, FREE)
+        start = restore_training(Path(checkpoint), args, parts, optimizers, FREE)["step"]
     stop, totals = StopSignal(), {}
     if rank == 0:
         describe_run(out, __file__, args)

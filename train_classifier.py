@@ -10,7 +10,6 @@ the digit, and `correlated`, the same digits drawn as in training. The figure to
 """
 import argparse
 import copy
-import functools
 import json
 import math
 from pathlib import Path
@@ -20,13 +19,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from data.checkpoints import step_seed
-from data.imagenet import (Images, batches, counterfactual_images, cue_conflict_images, facts, imagenet9_images,
-                           normalized, transform, validation_images, wnid_images)
+from data.checkpoints import restore_training, save_training, step_seed
+from data.explain import explain_digits, explain_imagenet
+from data.imagenet import Images, batches, counterfactual_images, normalized, transform, wnid_images
 from data.mnist import VARIANTS, load_variant, to_float
-from data.runs import (DOWNLOADS, Log, UserError, claim_folder, describe_run, fraction, join_ranks, load_tensors,
-                       mean_over_ranks, non_negative_float, non_negative_int, pick_bf16, pick_device, positive_int,
-                       rank_and_ranks, run_main, save_tensors, write_atomically, write_json)
+from data.robustness import ANSWERS, HEADS, evaluate, load_tests, write_table
+from data.runs import (DOWNLOADS, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction, join_ranks,
+                       load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16, pick_device,
+                       positive_int, rank_and_ranks, run_main, save_tensors, write_json)
 from data.weights import add_torchvision_file, check_state_dict, load_network
 from train_cgn import update_average
 
@@ -122,7 +122,10 @@ def train_epoch(classifier, optimizer, images, labels, order, args):
 
 
 def train_classifier(args, seed, out, data, tests, device):
-    """One classifier, from its own seed. Returns the last epoch's numbers."""
+    """One classifier, from its own seed. Returns the last epoch's numbers.
+
+    data: original and counterfactual training images, and the test's digits. tests: name -> (images, labels).
+    """
     out.mkdir(exist_ok=True)
     torch.manual_seed(seed)
     classifier = MnistClassifier()
@@ -130,15 +133,15 @@ def train_classifier(args, seed, out, data, tests, device):
         load_classifier(classifier, args.weights)
     classifier.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adadelta(classifier.parameters(), lr=args.lr)
-    first, best, numbers = 0, -1.0, {}
+    first, last, best, numbers = 0, 0 if args.evaluate else args.epochs, -1.0, {}
     if args.resume and (out / "checkpoint.pt").is_file():
         state = load_tensors(out / "checkpoint.pt")
         classifier.load_state_dict(state["classifier"])
         optimizer.load_state_dict(state["optimizer"])
         first, best, numbers = state["epoch"], state["best"], state["numbers"]
     log = Log(out / "log.jsonl", first)
-    for epoch in range(first, args.epochs):
-        images, labels = training_images(args, *data, epoch)
+    for epoch in range(first, last):
+        images, labels = training_images(args, *data[:2], epoch)
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         order = torch.randperm(len(labels), generator=generator).to(device)
         if args.max_steps:
@@ -146,7 +149,7 @@ def train_classifier(args, seed, out, data, tests, device):
         optimizer.param_groups[0]["lr"] = args.lr * args.gamma ** epoch
         loss, train_accuracy = train_epoch(classifier, optimizer, images, labels, order, args)
         numbers = {"loss": loss, "train": train_accuracy} | {name: accuracy(classifier, *t) for name, t in tests.items()}
-        log.write(step=epoch + 1, seed=seed, **numbers)
+        log.write(epoch + 1, seed=seed, **numbers)
         print(f"seed {seed}  epoch {epoch + 1}/{args.epochs}  " +
               "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()), flush=True)
         # Chosen without a look at the decorrelated test: that would be selecting on what is to be measured.
@@ -156,6 +159,10 @@ def train_classifier(args, seed, out, data, tests, device):
         save_tensors(out / "weights.pt", classifier.state_dict())
         save_tensors(out / "checkpoint.pt", {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
                                              "epoch": epoch + 1, "best": best, "numbers": numbers})
+    numbers = numbers or {name: accuracy(classifier, *test) for name, test in tests.items()}
+    if args.explain:
+        digits = data[2].digits, data[2].labels
+        numbers |= explain_digits(classifier, tests["decorrelated"][0], *digits, args.explain, out / "explain.png")
     return numbers
 
 
@@ -170,10 +177,10 @@ def load_classifier(classifier, path):
 def summarize(args, results, out):
     """Print and write mean and spread (standard deviation) over seeds."""
     table = {}
-    for name in ("train", "decorrelated", "correlated"):
+    for name in [name for name in next(iter(results.values())) if name != "loss"]:
         values = torch.tensor([numbers[name] for numbers in results.values()], dtype=torch.float64)
         table[name] = {"mean": values.mean().item(), "std": values.std(correction=len(values) > 1).item()}
-        print(f"{name:>13} accuracy {table[name]['mean']:6.2f} +- {table[name]['std']:.2f} %  ({len(values)} seeds)")
+        print(f"{name:>15} {table[name]['mean']:6.2f} +- {table[name]['std']:.2f} %  ({len(values)} seeds)")
     write_json(out / "results.json", {"dataset": args.dataset, "train": args.train, "offline": args.offline,
                                       "summary": table, "seeds": results})
 
@@ -181,7 +188,9 @@ def summarize(args, results, out):
 # ---------------------------------------------------------------------------------------------------------------------
 # ImageNet: the invariant ensemble (section 4.2)
 
-HEADS = "shape", "texture", "background"
+# What a resumed run must share with the run that it continues.
+SETTINGS = {"arch", "batch_size", "steps", "cf_ratio", "lr", "schedule", "lr_step", "warmup", "weight_decay", "ema",
+            "image_size", "seed"}
 
 
 class Ensemble(nn.Module):
@@ -227,119 +236,6 @@ def ensemble_loss(logits, labels, counterfactual_labels):
     return loss
 
 
-def with_means(logits):
-    """Logits (N, 3, 1000) by head, and of the mean of all three, and of shape and texture: (N, 5, 1000)."""
-    means = [logits.mean(1), logits[:, :2].mean(1)]
-    return torch.cat([logits, torch.stack(means, 1)], 1) if logits.shape[1] == 3 else logits
-
-
-def top_hits(logits, labels, present=None):
-    """Top-1 and top-5 hits by head, (heads, 2). labels: (N,), or (N, heads). present: the only classes to choose from."""
-    logits = with_means(logits)
-    if present is not None:
-        logits = logits.masked_fill(~torch.isin(torch.arange(1000, device=logits.device), present), -torch.inf)
-    labels = labels[:, None] if labels.ndim == 1 else torch.cat([labels, labels[:, :1], labels[:, :1]], 1)
-    hits = logits.topk(5).indices == labels[..., None]                                               # (N, heads, 5)
-    return torch.stack([hits[..., 0].sum(0), hits.any(2).sum(0)], 1)
-
-
-def conflict_hits(logits, labels):
-    """Images that each head puts into the category of their shape, and of their texture: (heads, 2). labels: (N, 2).
-
-    A category's probability is the mean over its classes (Geirhos et al. 2019).
-    """
-    probabilities = with_means(logits).softmax(2)
-    categories = torch.stack([probabilities[..., classes].mean(2)
-                              for classes in facts()["cue_conflict"]["categories"].values()], 2)
-    answers = categories.argmax(2)
-    return torch.stack([(answers == labels[:, :1]).sum(0), (answers == labels[:, 1:]).sum(0)], 1)
-
-
-def imagenet9_hits(logits, labels):
-    """Images whose best of all 1000 classes belongs to the right one of nine: (heads, 1)."""
-    groups = torch.tensor(facts()["in9"]["imagenet_to_in9"], device=logits.device)
-    return (groups[with_means(logits).argmax(2)] == labels[:, None]).sum(0)[:, None]
-
-
-@torch.inference_mode()
-def count_hits(model, test, hits, args, device):
-    """Sum of `hits` over a test (paths, labels), shared out over ranks, and how many images it has."""
-    rank, ranks = rank_and_ranks()
-    images, sums, count = Images(*test, transform(False, args.image_size)), 0, torch.zeros(1, device=device)
-    order = range(rank, len(images), ranks)
-    for pixels, labels in batches(images, order, args.batch_size // ranks, args.workers, device):
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            logits = model(normalized(pixels)).float()
-        sums, count = sums + hits(logits if logits.ndim == 3 else logits[:, None], labels), count + len(pixels)
-    if not isinstance(sums, torch.Tensor):                 # more ranks than images
-        raise UserError(f"{test[0][0]} and others: fewer images than ranks")
-    sums, count = (ranks * mean_over_ranks(x.double()) for x in (sums, count))
-    return sums.round().long().tolist(), round(count.item())
-
-
-def evaluate(model, tests, args, device):
-    """Rows (test, head, measure, percent, hits, images) of all tests."""
-    model.eval()
-    rows = []
-
-    def add(test, names, measure, hits, totals):
-        rows.extend((test, name, measure, 100 * hit / total if total else float("nan"), hit, total)
-                    for name, hit, total in zip(names, hits, totals))
-
-    single = not isinstance(getattr(model, "module", model), Ensemble)
-    names = ["baseline"] if single else [*HEADS, "mean", "shape and texture"]
-    gaps = {}
-    for name, (kind, test) in tests.items():
-        if kind == "counterfactual" and single:
-            continue
-        present = test[1].unique().to(device) if kind == "ood" else None
-        score = {"conflict": conflict_hits, "in9": imagenet9_hits}.get(kind, functools.partial(top_hits, present=present))
-        hits, count = count_hits(model, test, score, args, device)
-        first = [row[0] for row in hits]
-        if kind == "conflict":
-            add(name, names, "shape bias", first, [sum(row) for row in hits])
-            add(name, names, "right shape", first, [count] * len(first))
-        else:
-            rows_of = 3 if kind == "counterfactual" else len(names)
-            add(name, names[:rows_of], "top-1", first, [count] * len(first))
-            if kind in ("val", "ood"):
-                add(name, names, "top-5", [row[1] for row in hits], [count] * len(first))
-            gaps[name] = [100 * hit / count for hit in first]
-    if {"in9 mixed_same", "in9 mixed_rand"} <= gaps.keys():
-        rows += [("in9", name, "background gap", same - rand, None, None)
-                 for name, same, rand in zip(names, gaps["in9 mixed_same"], gaps["in9 mixed_rand"])]
-    return rows
-
-
-def write_table(out, rows):
-    """results.json and results.md; the table on the screen."""
-    lines = ["| test | head | measure | percent | of |", "|---|---|---|---|---|"]
-    for test, head, measure, percent, hits, total in rows:
-        lines.append(f"| {test} | {head} | {measure} | {percent:.2f} | {'' if total is None else f'{hits} / {total}'} |")
-    names = ("test", "head", "measure", "percent", "hits", "images")
-    write_json(out / "results.json", [dict(zip(names, row)) for row in rows])
-    write_atomically(out / "results.md", lambda temporary: temporary.write_text("\n".join(lines) + "\n"))
-    print("\n".join(lines), flush=True)
-
-
-def load_tests(args, counterfactual):
-    """Name -> (kind, (paths, labels)) of everything to be evaluated."""
-    tests = {"val": ("val", validation_images(args.data_dir))} if args.data_dir else {}
-    if counterfactual:
-        paths, labels = counterfactual
-        tests["counterfactual"] = "counterfactual", (paths[:args.cf_test], labels[:args.cf_test])
-    if args.cue_conflict:
-        tests["cue-conflict"] = "conflict", cue_conflict_images(args.cue_conflict)
-    if args.imagenet9:
-        tests |= {f"in9 {name}": ("in9", images) for name, images in imagenet9_images(args.imagenet9).items()}
-    for name, path in (pair.partition("=")[::2] for pair in args.ood):
-        if not path:
-            raise UserError(f"--ood {name}: should be NAME=PATH")
-        tests[name] = "ood", wnid_images(path)
-        print(f"{name}: {len(tests[name][1][1].unique())} of 1000 classes; the others are left out of the choice")
-    return tests
-
-
 def pretrained_state(args):
     """The weights of a torchvision classifier, fetched if need be; None with --offline or --pretrained none."""
     if args.offline or args.pretrained == "none":
@@ -368,67 +264,82 @@ def epoch_order(count, steps, batch, seed, epoch):
     return order.view(steps, batch)[:, rank::ranks].flatten().tolist()
 
 
-def imagenet_epoch(model, optimizer, average, real, counterfactual, args, epoch, device):
-    """One pass over the real images, each batch with its counterfactuals in the same forward. Returns the mean loss."""
+def imagenet_batches(real, counterfactual, args, epoch, first, device):
+    """Batches of an epoch from step `first` on: real images, each with its counterfactuals, if there are any."""
     _, ranks = rank_and_ranks()
-    parts, steps = [], len(real) // args.batch_size
+    parts = []
     for images, size in ((real, args.batch_size), (counterfactual, round(args.cf_ratio * args.batch_size))):
         if images is not None and size:
             images.epoch = epoch
-            order = epoch_order(len(images), steps, size, images.seed, epoch)
+            order = epoch_order(len(images), args.steps, size, images.seed, epoch)[first * size // ranks:]
             parts.append(batches(images, order, size // ranks, args.workers, device))
-    model.train()
-    losses = []
-    for step, batch in enumerate(zip(*parts)):
-        optimizer.param_groups[0]["lr"] = learning_rate(args, epoch + step / steps)
-        pixels, labels = torch.cat([pixels for pixels, _ in batch]), batch[0][1]
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
-            logits = model(normalized(pixels))
-        loss = ensemble_loss(logits, labels, batch[1][1] if len(batch) > 1 else None)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        if average:
-            update_average(average, getattr(model, "module", model), args.ema)
-        losses.append(loss.detach())
-        if args.max_steps and step + 1 == args.max_steps:
-            break
-    return mean_over_ranks(torch.stack(losses).mean()).item()
+    return zip(*parts)
+
+
+def imagenet_step(model, optimizer, batch, args):
+    """One update; both kinds of images in the same forward. Returns the loss."""
+    pixels, labels = torch.cat([pixels for pixels, _ in batch]), batch[0][1]
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=args.bf16):
+        logits = model(normalized(pixels))
+    loss = ensemble_loss(logits, labels, batch[1][1] if len(batch) > 1 else None)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
 
 
 def train_imagenet(args, ensemble, tests, real, counterfactual, out, device):
-    """Epochs, each with evaluation and checkpoint; rank 0 writes. Returns the last evaluation's rows."""
+    """Epochs, each with its evaluation; rank 0 writes. Returns the last evaluation's rows and what was evaluated."""
     rank, ranks = rank_and_ranks()
-    average = copy.deepcopy(ensemble).requires_grad_(False) if args.ema else None
+    parts = {"ensemble": ensemble}
+    if args.ema:
+        parts["average"] = copy.deepcopy(ensemble).requires_grad_(False)
+    tested = parts.get("average", ensemble)
     optimizer = torch.optim.SGD(ensemble.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
-    first, best, rows = 0, -1.0, []
+    step, epoch, best, loss_sum, rows = 0, 0, -1.0, torch.zeros((), device=device), []
     if args.resume and (out / "checkpoint.pt").is_file():
-        state = load_tensors(out / "checkpoint.pt")
-        for module, name in ((ensemble, "model"), (average, "average")):
-            if module:
-                module.load_state_dict(check_state_dict(state[name], module.state_dict(), out / "checkpoint.pt"))
-        optimizer.load_state_dict(state["optimizer"])
-        first, best = state["epoch"], state["best"]
+        state = restore_training(out / "checkpoint.pt", args, parts, [optimizer], vars(args).keys() - SETTINGS)
+        step, epoch, best, loss_sum = state["step"], state["epoch"], state["best"], state["loss_sum"].to(device)
     model = nn.parallel.DistributedDataParallel(ensemble, broadcast_buffers=False) if ranks > 1 else ensemble
     if args.compile:
         ensemble.compile()
-    log = Log(out / "log.jsonl", first) if rank == 0 else None
-    for epoch in range(first, args.epochs):
-        loss = imagenet_epoch(model, optimizer, average, real, counterfactual, args, epoch, device)
-        rows = evaluate(average or ensemble, tests, args, device)
-        measure = next((row[3] for row in rows if row[:3] == ("val", "mean", "top-1")), 0.0)
+    log, stop, last = Log(out / "log.jsonl", step) if rank == 0 else None, StopSignal(), args.epochs * args.steps
+
+    def save(**more):
         if rank == 0:
-            log.write(step=epoch + 1, loss=loss, **{" ".join(row[:3]): row[3] for row in rows})
-            print(f"epoch {epoch + 1}/{args.epochs}  loss {loss:.4g}  val top-1 {measure:.2f}", flush=True)
-            weights = (average or ensemble).state_dict()
-            save_tensors(out / "weights.pt", {"arch": args.arch, "ensemble": weights})
-            if measure > best:
-                save_tensors(out / "weights_best.pt", {"arch": args.arch, "ensemble": weights})
-            save_tensors(out / "checkpoint.pt", {
-                "model": ensemble.state_dict(), "average": average.state_dict() if average else {},
-                "optimizer": optimizer.state_dict(), "epoch": epoch + 1, "best": max(best, measure)})
-        best = max(best, measure)
-    return rows or evaluate(average or ensemble, tests, args, device)      # resumed when all was done
+            save_training(out, step, args, parts, [optimizer], arch=args.arch, epoch=epoch, best=best, **more)
+
+    while epoch < args.epochs:
+        model.train()
+        for batch in imagenet_batches(real, counterfactual, args, epoch, step - epoch * args.steps, device):
+            torch.manual_seed(step_seed(args.seed + 101 * rank, step))     # of dropout
+            optimizer.param_groups[0]["lr"] = learning_rate(args, step / args.steps)
+            loss_sum = loss_sum + imagenet_step(model, optimizer, batch, args)
+            if args.ema:
+                update_average(parts["average"], ensemble, args.ema)
+            step, stopping = step + 1, any_rank(stop, device)
+            if rank == 0 and step % args.log_every == 0:
+                loss = loss_sum.item() / (step - epoch * args.steps)       # of this epoch so far, on this rank
+                log.write(step, loss=loss, lr=optimizer.param_groups[0]["lr"])
+                log.progress(step, last, {"epoch": epoch + 1, "loss": loss})
+            if stopping or step % args.save_every == 0:
+                save(loss_sum=mean_over_ranks(loss_sum.clone()))
+            if stopping:
+                if rank == 0:
+                    print(f"\nstopped after step {step}; go on with the same command and --resume")
+                return None, None
+        step = (epoch + 1) * args.steps                                    # if a batch was nothing but damaged images
+        save(loss_sum=mean_over_ranks(loss_sum.clone()))                   # in case of a kill while evaluating
+        rows = evaluate(tested, ANSWERS, tests, args, device)
+        measure = next((row[3] for row in rows if row[:3] == ("val", "mean", "top-1")), 0.0)
+        loss, epoch = mean_over_ranks(loss_sum).item() / args.steps, epoch + 1
+        loss_sum = torch.zeros((), device=device)
+        better, best = measure > best, max(best, measure)
+        if rank == 0:
+            log.write(step, epoch=epoch, epoch_loss=loss, **{" ".join(row[:3]): row[3] for row in rows})
+            print(f"epoch {epoch}/{args.epochs}  loss {loss:.4g}  val top-1 {measure:.2f}", flush=True)
+        save(loss_sum=loss_sum, best_too=better)
+    return rows or evaluate(tested, ANSWERS, tests, args, device), tested        # resumed when all was done
 
 
 def load_ensemble(args):
@@ -440,52 +351,69 @@ def load_ensemble(args):
     content = load_tensors(args.weights)
     if not isinstance(content, dict) or content.get("arch") != args.arch:
         raise UserError(f"--weights {args.weights}: not an ensemble on {args.arch}; give its --arch, or another file")
-    ensemble = Ensemble(args.arch)
-    ensemble.load_state_dict(check_state_dict(content["ensemble"], ensemble.state_dict(), args.weights))
+    ensemble, name = Ensemble(args.arch), "average" if "average" in content else "ensemble"
+    ensemble.load_state_dict(check_state_dict(content.get(name), ensemble.state_dict(), args.weights))
     return ensemble
+
+
+def load_baseline(args):
+    """The plain classifier, as it was pretrained."""
+    classifier = torchvision.models.get_model(args.arch, weights=None)
+    classifier.load_state_dict(pretrained_state(args) or classifier.state_dict())
+    return classifier
 
 
 def main_imagenet(args):
     device = join_ranks(pick_device(args.device))
     rank, ranks = rank_and_ranks()
     args.bf16 = pick_bf16(args.amp, device)
-    if args.evaluate and not args.weights:
-        raise UserError("--evaluate: needs --weights, an ensemble's weights.pt")
     if not args.evaluate and not args.data_dir:
         raise UserError("training needs --data-dir, ImageNet's folder; or give --evaluate")
     for name, size in (("--batch-size", args.batch_size), ("--batch-size x --cf-ratio", args.cf_ratio * args.batch_size)):
         if round(size) % ranks:
             raise UserError(f"{name}: {size} images cannot be shared out evenly over {ranks} ranks")
-    found = counterfactual_images(args.counterfactual) if args.counterfactual else None
-    tests = load_tests(args, found)
+    (paths, labels), cut = counterfactual_images(args.counterfactual) if args.counterfactual else ([], []), args.cf_test
+    if not args.evaluate:
+        cut = min(cut, -(-len(paths) // 10))               # the others are for training
+    tests = load_tests(args, (paths[:cut], labels[:cut]))
     if not tests:
         raise UserError("nothing to evaluate: give --data-dir, --counterfactual, --cue-conflict, --imagenet9 or --ood")
+    if args.explain and all(kind in ("conflict", "in9") for kind, _ in tests.values()):
+        raise UserError("--explain: needs images with classes of ImageNet: give --data-dir, --counterfactual or --ood")
+    counterfactual, settings = None, {"device": device if args.decode == "device" else None}
     if not args.evaluate:
-        real = Images(*wnid_images(args.data_dir / "train"), transform(True, args.image_size), args.seed)
-        if len(real) < args.batch_size:
+        change = transform(True, args.image_size)
+        real = Images(*wnid_images(args.data_dir / "train"), change, args.seed, **settings)
+        args.steps = min(len(real) // args.batch_size, args.max_steps or len(real))
+        if not args.steps:
             raise UserError(f"--batch-size {args.batch_size}: larger than the {len(real)} training images")
+        if len(paths) > cut:
+            counterfactual = Images(paths[cut:], labels[cut:], change, args.seed + 1, **settings)
+        elif args.counterfactual:
+            raise UserError(f"--counterfactual: {len(paths)} image is too few to train on and to test with")
     torch.manual_seed(args.seed)
     ensemble = load_ensemble(args).to(device, memory_format=torch.channels_last)
+    baseline = load_baseline(args).to(device, memory_format=torch.channels_last) if args.baseline else None
     out = claim_folder(args.out, __file__, args.resume) if rank == 0 else args.out
     if rank == 0:
         describe_run(out, __file__, args)
         if args.offline:
             print("OFFLINE: random weights. No number of this run is about ImageNet.")
-    rows = []
-    if args.baseline:
-        baseline = torchvision.models.get_model(args.arch, weights=None)
-        baseline.load_state_dict(pretrained_state(args) or baseline.state_dict())
-        rows = evaluate(baseline.to(device, memory_format=torch.channels_last), tests, args, device)
+        wanted = 0 if args.evaluate else round(args.cf_ratio * args.batch_size) * args.steps
+        if counterfactual and wanted > len(counterfactual):
+            print(f"{len(counterfactual)} counterfactuals for {wanted} in each epoch: they are drawn more than once")
     if args.evaluate:
-        rows = evaluate(ensemble, tests, args, device) + rows
+        rows = evaluate(ensemble, ANSWERS, tests, args, device)
     else:
-        wanted = round(args.cf_ratio * len(real))
-        if found and rank == 0 and wanted > len(found[0]):
-            print(f"{len(found[0])} counterfactuals for {wanted} in each epoch: they are drawn more than once")
-        counterfactual = Images(*found, transform(True, args.image_size), args.seed + 1) if found else None
-        rows = train_imagenet(args, ensemble, tests, real, counterfactual, out, device) + rows
+        rows, ensemble = train_imagenet(args, ensemble, tests, real, counterfactual, out, device)
+        if rows is None:
+            return
+    if baseline:
+        rows += evaluate(baseline, ["baseline"], tests, args, device)
     if rank == 0:
         write_table(out, rows)
+        if args.explain:
+            explain_imagenet(ensemble, tests, args, device, out / "explain.png")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,24 +425,28 @@ def parse_args(argv=None):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--dataset", required=True, choices=[*VARIANTS, "imagenet"], help="which digits to tell apart")
-    data.add_argument("--train", choices=["original", "counterfactual", "both"], default="original",
-                      help="images to train on: the biased data, generated ones, or both together")
     data.add_argument("--counterfactual", type=Path, nargs="+", metavar="FOLDER",
                       help="folder that generate.py wrote; for ImageNet one or many, or patterns")
     data.add_argument("--data-dir", type=Path, help="folder with MNIST's files (data/downloads if not given; fetched if "
                       "missing), or ImageNet's folder, with train/ and val/")
-    data.add_argument("--textures", help="wildlife: folder with object/ and background/, or 'dtd'; as in train_cgn.py")
-    data.add_argument("--offline", action="store_true", help="synthetic digits: no number of such a run is about MNIST")
+    data.add_argument("--offline", action="store_true", help="synthetic digits, or random networks: nothing is fetched")
 
     steps = parser.add_argument_group("optimisation")
     steps.add_argument("--weights", type=Path, help="start from these classifier weights")
     steps.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
     steps.add_argument("--max-steps", type=positive_int, help="steps in each epoch at most, for a short trial")
     steps.add_argument("--batch-size", type=positive_int, default=64, help="images per step")
-    steps.add_argument("--lr", type=non_negative_float, default=1.0, help="Adadelta's learning rate in the first epoch")
-    steps.add_argument("--gamma", type=non_negative_float, default=0.7, help="factor of the learning rate per epoch")
+    steps.add_argument("--lr", type=non_negative_float, default=1.0, help="learning rate of Adadelta, or SGD, in the first epoch")
     steps.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto",
                        help="bf16 arithmetic in training; tests are in float32; auto: where the hardware multiplies it")
+
+    digits = parser.add_argument_group("MNIST")
+    digits.add_argument("--train", choices=["original", "counterfactual", "both"], default="original",
+                        help="images to train on: the biased data, generated ones, or both together")
+    digits.add_argument("--textures", help="wildlife: folder with object/ and background/, or 'dtd'; as in train_cgn.py")
+    digits.add_argument("--gamma", type=non_negative_float, default=0.7, help="factor of the learning rate per epoch")
+    digits.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0], metavar="SEED",
+                        help="classifiers to train, one for each seed: initial weights and order of the images")
 
     net = parser.add_argument_group("ImageNet")
     net.add_argument("--arch", default="resnet50", help="a torchvision classifier that ends in a linear layer")
@@ -522,7 +454,8 @@ def parse_args(argv=None):
     net.add_argument("--weights-dir", type=Path, default=DOWNLOADS, help="folder for fetched weights")
     net.add_argument("--heads", choices=["fresh", "pretrained"], default="fresh", help="where the three heads begin")
     net.add_argument("--cf-ratio", type=non_negative_float, default=1.0, help="counterfactuals for each real image")
-    net.add_argument("--cf-test", type=positive_int, default=5000, help="first counterfactuals, to test the heads on")
+    net.add_argument("--cf-test", type=positive_int, default=5000,
+                     help="first counterfactuals, to test the heads on; at most a tenth, and not trained on")
     net.add_argument("--schedule", choices=["step", "cosine"], default="step", help="of the learning rate")
     net.add_argument("--lr-step", type=positive_int, default=15, help="epochs to the next tenth of the learning rate")
     net.add_argument("--warmup", type=non_negative_int, default=0, help="epochs of linear warm-up")
@@ -530,25 +463,37 @@ def parse_args(argv=None):
     net.add_argument("--ema", type=fraction, default=0.0, help="decay of a moving average, evaluated and saved; 0: none")
     net.add_argument("--image-size", type=positive_int, default=224, help="pixels that the network sees")
     net.add_argument("--workers", type=non_negative_int, default=4, help="processes that decode, for each rank")
+    net.add_argument("--decode", choices=["workers", "device"], default="workers",
+                     help="where images are decoded and cropped; device: nvJPEG, for machines with few CPU cores")
     net.add_argument("--compile", action="store_true", help="torch.compile the ensemble")
-    net.add_argument("--evaluate", action="store_true", help="no training: evaluate --weights")
+    net.add_argument("--log-every", type=positive_int, default=100, help="steps between lines of the log")
+    net.add_argument("--save-every", type=positive_int, default=1000, help="steps between checkpoints within an epoch")
     net.add_argument("--baseline", action="store_true", help="evaluate the pretrained classifier as well")
     net.add_argument("--cue-conflict", type=Path, metavar="FOLDER", help="Cue-Conflict's 16 folders: shape bias")
     net.add_argument("--imagenet9", type=Path, metavar="FOLDER", help="ImageNet-9's bg_challenge folder")
+    net.add_argument("--in9-normalization", choices=["imagenet", "in9"], default="imagenet",
+                     help="of ImageNet-9's images: the networks' own, or the other one of the published CGN code")
     net.add_argument("--ood", nargs="+", default=[], metavar="NAME=PATH", help="folders by WNID, of all classes or some")
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, required=True, help="run folder; new, empty, or continued with --resume")
-    run.add_argument("--resume", action="store_true", help="go on after the last whole epoch in --out")
-    run.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0], metavar="SEED",
-                     help="classifiers to train, one for each seed: initial weights and order of the images")
+    run.add_argument("--resume", action="store_true", help="go on where the run in --out was interrupted")
+    run.add_argument("--evaluate", action="store_true", help="no training: test --weights")
+    run.add_argument("--explain", type=non_negative_int, default=0, metavar="N", help="Grad-CAM heat maps of N test images")
     run.add_argument("--seed", type=non_negative_int, default=0, help="of the data: colours, crops and test images")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     early = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
     early.add_argument("--dataset", nargs="?")
-    if early.parse_known_args(argv)[0].dataset == "imagenet":              # the published settings
+    imagenet = early.parse_known_args(argv)[0].dataset == "imagenet"
+    if imagenet:                                                           # the published settings
         parser.set_defaults(epochs=45, batch_size=256, lr=0.001)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for action in (digits if imagenet else net)._group_actions:
+        if getattr(args, action.dest) != parser.get_default(action.dest):
+            parser.error(f"{action.option_strings[0]} has no meaning for --dataset {args.dataset}")
+    if args.evaluate and not args.weights:
+        parser.error("--evaluate needs --weights, a classifier's weights.pt")
+    return args
 
 
 def main():
@@ -569,7 +514,7 @@ def main():
     tests = {"decorrelated": (test.all_images(args.seed, decorrelated=True), test.labels),
              "correlated": (test.all_images(args.seed), test.labels)}
     describe_run(out, __file__, args)
-    results = {seed: train_classifier(args, seed, out / f"seed_{seed}", (original, counterfactual), tests, device)
+    results = {seed: train_classifier(args, seed, out / f"seed_{seed}", (original, counterfactual, test), tests, device)
                for seed in args.seeds}
     summarize(args, results, out)
 

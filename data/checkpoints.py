@@ -4,25 +4,30 @@ from data.weights import check_state_dict
 
 FROZEN = "biggan_GT.", "u2net."                            # not trained: come from files of their own, or the average
 
+
 def step_seed(seed, step):
     """Each step seeds its own random numbers, so that a resumed run draws what an uninterrupted one draws."""
     return (seed * 1_000_003 + step * 7_919 + 17) % 2 ** 32
 
 
-def save_training(out, step, args, parts, optimizers, **more):
-    """checkpoint.pt holds all that training needs to go on; weights.pt the generator and its average alone.
+def save_training(out, step, args, parts, optimizers, *, best_too=False, **more):
+    """checkpoint.pt holds all that training needs to go on; weights.pt the network and its average alone.
 
-    parts: name -> module, with "generator" and "average" among them. more: whatever the generator's reader needs.
+    parts: name -> module; the network is "generator" or "ensemble", its average is "average", if there is one.
+    more: whatever the weights' reader needs. best_too: the weights as weights_best.pt as well.
     """
     states = {name: module.state_dict() for name, module in parts.items()}
-    states["generator"] = {key: value for key, value in states["generator"].items() if not key.startswith(FROZEN)}
+    if "generator" in states:
+        states["generator"] = {key: value for key, value in states["generator"].items() if not key.startswith(FROZEN)}
     facts = {"args": plain(args), "step": step, **more}
-    save_tensors(out / "weights.pt", {name: states[name] for name in ("generator", "average")} | facts)
+    weights = {name: states[name] for name in ("generator", "ensemble", "average") if name in states} | facts
+    for name in ["weights.pt"] + ["weights_best.pt"] * best_too:
+        save_tensors(out / name, weights)
     save_tensors(out / "checkpoint.pt", states | facts | {"optimizers": [o.state_dict() for o in optimizers]})
 
 
 def restore_training(path, args, parts, optimizers, free):
-    """Load a checkpoint into everything and return its step. UserError if it belongs to other settings.
+    """Load a checkpoint into everything and return its content. UserError if it belongs to other settings.
 
     free: names of arguments that may differ.
     """
@@ -39,4 +44,4 @@ def restore_training(path, args, parts, optimizers, free):
         module.load_state_dict(check_state_dict(frozen | content[name], own, path))
     for optimizer, state in zip(optimizers, content["optimizers"]):
         optimizer.load_state_dict(state)
-    return content["step"]
+    return content

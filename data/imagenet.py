@@ -8,17 +8,19 @@ import functools
 import glob
 import json
 import re
+import signal
 import sys
 from pathlib import Path
 
 import torch
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file
 from torchvision.transforms import v2
 
 from data.runs import ROOT, UserError, load_tensors
 
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # of ImageNet, as torchvision's weights expect
+IN9_MEAN, IN9_STD = (0.4717, 0.4499, 0.3837), (0.2600, 0.2516, 0.2575)   # of ImageNet-9, as the published CGN code has it
 DAMAGED = 20                                               # images that are skipped before it is an error
 
 
@@ -55,8 +57,8 @@ def listed(folders, class_of):
 
 
 def wnid_images(folder):
-    """Images in folders named by WNID, of all 1000 classes or of some."""
-    classes = {wnid: number for number, wnid in enumerate(facts()["wnids"])}
+    """Images in folders named by WNID, or 0 to 999 as in ImageNet-V2; of all 1000 classes or of some."""
+    classes = {name: number for number, wnid in enumerate(facts()["wnids"]) for name in (wnid, str(number))}
 
     def class_of(path):
         if path.name not in classes:
@@ -149,35 +151,66 @@ def imagenet9_images(folder):
 # Decoding and augmentation
 
 
-def transform(training, size=224):
-    """uint8 (3, H, W) -> uint8 (3, size, size), as published; the numbers' scale is changed on the device, by batch."""
+def transform(training, size=224, margin=True):
+    """uint8 (3, H, W) -> uint8 (3, size, size), as published; the numbers' scale is changed on the device, by batch.
+
+    margin: tests see the middle seven eighths; without it all of a square image, for those that come ready cropped.
+    """
     if training:
         return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
-    return v2.Compose([v2.Resize(size * 256 // 224, antialias=True), v2.CenterCrop(size)])
+    return v2.Compose([v2.Resize(size * 256 // 224 if margin else size, antialias=True), v2.CenterCrop(size)])
+
+
+def decode(data, device="cpu"):
+    """Bytes of image files (uint8 tensors) -> uint8 (3, H, W) each on `device`, None where damaged. Together if it can be."""
+    try:
+        return decode_jpeg(data, ImageReadMode.RGB, device=device)
+    except RuntimeError:
+        if len(data) > 1:
+            return [image for one in data for image in decode([one], device)]
+    try:                                                   # a GPU decodes neither CMYK nor PNG
+        return [v2.functional.to_dtype(decode_image(data[0], ImageReadMode.RGB), torch.uint8, scale=True).to(device)]
+    except RuntimeError:
+        return [None]
 
 
 class Images(torch.utils.data.Dataset):
-    """Images of a list. Item i is (image, label, 0), or (None, None, i) if it is damaged.
+    """Images of a list. Item i is (image or, if it is damaged, None; label; i).
 
     Augmentation depends on the seed, the epoch and i alone: not on the workers, ranks or an interruption.
+    device: decode and augment there, by batch; workers then only read files, and an item's image is the file's bytes.
     """
 
-    def __init__(self, paths, labels, change, seed=0):
+    def __init__(self, paths, labels, change, seed=0, device=None):
         self.paths, self.labels, self.change, self.seed, self.epoch = paths, labels, change, seed, 0
+        self.device = device
 
     def __len__(self):
         return len(self.paths)
 
     def __getitem__(self, number):
         try:
-            image = decode_image(read_file(str(self.paths[number])), ImageReadMode.RGB)
+            data = read_file(str(self.paths[number]))
         except RuntimeError:
-            return None, None, number
+            return None, self.labels[number], number
+        return data if self.device else self.augmented(*decode([data]), number), self.labels[number], number
+
+    def augmented(self, image, number):
+        """The changed image; None stays None."""
+        if image is None:
+            return None
         state = torch.default_generator.get_state()
         torch.default_generator.manual_seed((self.seed * 1_000_003 + self.epoch) * 10_000_019 + number)
         image = self.change(image)
         torch.default_generator.set_state(state)
-        return image, self.labels[number], 0
+        return image
+
+    def decoded(self, items):
+        """Items whose image is a file's bytes -> items as they are without a `device`."""
+        whole = [item for item in items if item[0] is not None]
+        images = decode([data for data, _, _ in whole], self.device) if whole else []
+        done = [(self.augmented(image, number), label, number) for image, (_, label, number) in zip(images, whole)]
+        return done + [item for item in items if item[0] is None]
 
 
 def collate(items):
@@ -186,17 +219,25 @@ def collate(items):
     damaged = [number for image, _, number in items if image is None]
     if not whole:
         return torch.empty(0), torch.empty(0), damaged
-    images, labels = zip(*(item[:2] for item in whole))
+    images, labels, _ = zip(*whole)
     return torch.stack(images), torch.stack(labels), damaged
+
+
+def start_worker(number):
+    """The main process decides when to stop: Ctrl-C reaches workers, too, and they inherit its handlers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def batches(images, order, size, workers, device):
     """Batches of (uint8 images, labels) on the device in this order. Damaged files are named and left out, up to a limit."""
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(images, order), size, num_workers=workers, collate_fn=collate,
-        pin_memory=device.type == "cuda", prefetch_factor=4 if workers else None)
+        torch.utils.data.Subset(images, order), size, num_workers=workers, collate_fn=list if images.device else collate,
+        pin_memory=device.type == "cuda" and not images.device, prefetch_factor=4 if workers else None,
+        worker_init_fn=start_worker)
     skipped = 0
-    for pixels, labels, damaged in loader:
+    for batch in loader:
+        pixels, labels, damaged = collate(images.decoded(batch)) if images.device else batch
         for number in damaged:
             skipped += 1
             print(f"warning: {images.paths[number]}: damaged or no image; left out", file=sys.stderr)
@@ -206,8 +247,11 @@ def batches(images, order, size, workers, device):
             yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
-def normalized(images, dtype=torch.float32, mean=MEAN, std=STD):
-    """uint8 (N, 3, H, W) -> standardised as torchvision's weights expect, channels last."""
+def normalized(images, mean=MEAN, std=STD):
+    """uint8 (N, 3, H, W) -> float32, standardised as torchvision's weights expect, channels last."""
     mean, std = (images.new_tensor(x, dtype=torch.float32).view(1, 3, 1, 1) for x in (mean, std))
-    images = images.float().mul_(1 / (255 * std)).sub_(mean / std)
-    return images.to(dtype, memory_format=torch.channels_last)
+    out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
+    part = len(images) if images.is_cuda else 4            # of the size of a CPU's cache: half the time
+    for pixels, result in zip(images.split(part), out.split(part)):
+        result.copy_(pixels.float().mul_(1 / (255 * std)).sub_(mean / std))
+    return out

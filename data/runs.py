@@ -6,6 +6,7 @@ standard error, exit code 2, no traceback.
 """
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -192,7 +193,7 @@ def tile_sheet(images, column_titles=(), row_titles=(), scale=3, gap=2):
     images = images.expand(rows, columns, 3, height, width).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
     images = images.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
     height, width = height * scale + gap, width * scale + gap
-    left, top = (8 + 7 * max(map(len, row_titles)) if row_titles else gap), (16 if column_titles else gap)
+    left, top = (8 + 7 * max(len(line) for title in row_titles for line in title.split("\n")) if row_titles else gap), (16 if column_titles else gap)
     sheet = torch.full((3, top + rows * height, left + columns * width), 255, dtype=torch.uint8)
     for row in range(rows):
         for column in range(columns):
@@ -252,7 +253,8 @@ def plain(args):
 class Log:
     """JSON lines in `path`, and a progress line on the screen (one that renews itself on a terminal).
 
-    On resuming at `step`, lines of later steps are dropped: they will be written again.
+    On resuming at `step`, lines of later steps are dropped: they will be written again. Numbers go to TensorBoard, too,
+    into the folder of `path`, if its package is installed.
     """
 
     def __init__(self, path, step=0):
@@ -261,9 +263,17 @@ class Log:
         write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
         self.file = open(path, "a", buffering=1)
         self.start, self.first, self.live = time.time(), step, sys.stdout.isatty()
+        self.board = None
+        if importlib.util.find_spec("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+            self.board = SummaryWriter(path.parent, purge_step=step + 1)
 
-    def write(self, **values):
-        self.file.write(json.dumps(values) + "\n")
+    def write(self, step, **values):
+        self.file.write(json.dumps({"step": step} | values) + "\n")
+        if self.board:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+            self.board.flush()
 
     def progress(self, step, last, values):
         """Print step, rate, time left and `values` (name -> number)."""

@@ -1,18 +1,23 @@
 """ImageNet's classifier ensemble: folders, metrics against hand-computed numbers, and the whole chain on a miniature."""
 import csv
+import importlib.util
 import json
 import shutil
+import subprocess
+import sys
+import types
 
 import pytest
 import torch
 from PIL import Image
 
-from conftest import run, torchrun
-from data.imagenet import (Images, batches, counterfactual_images, cue_conflict_images, facts, imagenet9_images,
-                           transform, validation_images, wnid_images)
-from data.runs import UserError
-from train_classifier import (Ensemble, conflict_hits, count_hits, ensemble_loss, epoch_order, evaluate, imagenet9_hits,
-                              learning_rate, parse_args, top_hits)
+from conftest import ROOT, run, torchrun
+from data.explain import heat_maps, intersection_over_union
+from data.imagenet import (Images, batches, counterfactual_images, cue_conflict_images, decode, facts, imagenet9_images,
+                           normalized, transform, validation_images, wnid_images)
+from data.robustness import conflict_hits, count_hits, evaluate, imagenet9_hits, top_hits
+from data.runs import Log, UserError
+from train_classifier import Ensemble, ensemble_loss, epoch_order, learning_rate, parse_args
 
 CLASSES = [0, 1, 400, 999]
 
@@ -68,6 +73,9 @@ def test_folders_by_wnid_and_flat_ones(miniature, tmp_path):
     with pytest.raises(UserError, match="n01440764: no images in this class"):
         wnid_images(tmp_path / "odd")
     (tmp_path / "other" / "cats").mkdir(parents=True)
+    for name in ("7", "123"):                                                    # as ImageNet-V2 has them
+        picture(tmp_path / "v2" / name / "a.jpeg")
+    assert wnid_images(tmp_path / "v2")[1].tolist() == [123, 7]
     for folder, words in ((tmp_path / "other", "not the WNID"), (tmp_path / "nowhere", "no such folder"),
                           (tmp_path / "odd" / "n01440764", "holds no folders")):
         with pytest.raises(UserError, match=words):
@@ -127,6 +135,36 @@ def test_damaged_images_are_named_and_left_out(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("data.imagenet.DAMAGED", 1)
     with pytest.raises(UserError, match="more than 1 damaged images"):
         list(batches(images, range(6), 4, 0, torch.device("cpu")))
+
+
+def test_decoding_by_batch_gives_the_same_images(tmp_path, capsys):
+    """The form for GPUs, on the CPU: JPEG of any kind, PNG with 16 bits and palettes, damaged files."""
+    gradient = torch.arange(50 * 60 * 3).view(50, 60, 3).remainder(251).byte().numpy()
+    paths = [tmp_path / name for name in ("a.jpg", "b.jpg", "c.png", "d.png", "e.jpg", "f.jpg")]
+    for path, image in zip(paths, (Image.fromarray(gradient), Image.new("CMYK", (30, 40), (10, 50, 90, 0)),
+                                   Image.new("I;16", (40, 30), 0x8080), Image.new("P", (40, 30), 3))):
+        image.save(path)
+    paths[4].write_bytes(paths[0].read_bytes()[:300])
+    both = []
+    for device in (None, torch.device("cpu")):
+        images = Images(paths, torch.arange(6), transform(True, 32), seed=3, device=device)
+        both.append(list(batches(images, [0, 1, 2, 3, 4, 5], 4, 0, torch.device("cpu"))))
+        assert capsys.readouterr().err.count("damaged") == 2
+    (x, y), = both[0]
+    assert torch.equal(x, both[1][0][0]) and torch.equal(y, both[1][0][1]) and y.tolist() == [0, 1, 2, 3]
+    assert x[1].float().mean((1, 2)).round().tolist() == [245, 205, 165] and (x[2] == 128).all()
+    assert decode([torch.zeros(0, dtype=torch.uint8)]) == [None]
+
+
+def test_normalisation_and_what_tests_see_of_an_image():
+    image = torch.arange(224 * 224 * 3).remainder(256).byte().view(3, 224, 224)
+    assert torch.equal(transform(False, 224, margin=False)(image), image)        # ImageNet-9 comes as it is to be seen
+    assert transform(False, 224)(image).shape == (3, 224, 224)
+    batch = torch.stack([image] * 5)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    expected = (batch / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    assert torch.allclose(normalized(batch), expected, atol=1e-5)
+    assert normalized(batch).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_augmentation_depends_on_seed_epoch_and_number_alone(tmp_path):
@@ -206,10 +244,16 @@ def test_background_gap_and_uneven_batches(miniature):
     constant.forward = lambda x: logits.expand(len(x), 1000)
     tests = {f"in9 {name}": ("in9", images) for name, images in imagenet9_images(miniature / "in9").items()}
     tests["in9 mixed_same"] = "in9", (tests["in9 mixed_same"][1][0], torch.zeros(3, dtype=torch.int64))
-    rows = {row[:3]: row[3:] for row in evaluate(constant, tests, args, torch.device("cpu"))}
+    rows = {row[:3]: row[3:] for row in evaluate(constant, ["baseline"], tests, args, torch.device("cpu"))}
     assert rows["in9 original", "baseline", "top-1"][1:] == (1, 3)
+    seen = []
+    constant.forward = lambda x: seen.append(x) or logits.expand(len(x), 1000)
+    for args.in9_normalization in ("imagenet", "in9"):
+        evaluate(constant, ["baseline"], {"in9 original": tests["in9 original"]}, args, torch.device("cpu"))
+    by_hand = [((seen[0][0, 0] * 0.229 + 0.485) - 0.4717) / 0.26, seen[2][0, 0]]
+    assert torch.allclose(*by_hand, atol=1e-5)
     assert rows["in9", "baseline", "background gap"][0] == pytest.approx(100 - 100 / 3)
-    hits, count = count_hits(constant, validation_images(miniature / "imagenet"), top_hits, args, torch.device("cpu"))
+    hits, count = count_hits(constant, 1, "val", validation_images(miniature / "imagenet"), top_hits, args, torch.device("cpu"))
     assert count == 7 and hits[0][0] == 0
 
 
@@ -273,8 +317,9 @@ def folders(miniature, counterfactuals):
 
 def test_the_whole_chain_resumes_to_the_same_bits_and_on_two_ranks(miniature, counterfactuals, tmp_path):
     common = [*FLAGS, *folders(miniature, counterfactuals)]
-    done = run("train_classifier.py", *common, "--epochs", 2, "--ema", 0.5, "--baseline", "--out", tmp_path / "whole")
-    assert "9 counterfactuals for 12 in each epoch" in done.stdout and "subset: 4 of 1000 classes" in done.stdout
+    done = run("train_classifier.py", *common, "--epochs", 2, "--ema", 0.5, "--baseline", "--explain", 4, "--out", tmp_path / "whole")
+    assert Image.open(tmp_path / "whole" / "explain.png").height > 3 * 32
+    assert "8 counterfactuals for 12 in each epoch" in done.stdout and "subset: 4 of 1000 classes" in done.stdout
     run("train_classifier.py", *common, "--epochs", 1, "--ema", 0.5, "--out", tmp_path / "halves")
     run("train_classifier.py", *common, "--epochs", 2, "--ema", 0.5, "--resume", "--out", tmp_path / "halves")
     whole, halves = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "halves"))
@@ -282,11 +327,11 @@ def test_the_whole_chain_resumes_to_the_same_bits_and_on_two_ranks(miniature, co
     results = (tmp_path / "whole" / "results.json").read_text()
     run("train_classifier.py", *common, "--epochs", 2, "--ema", 0.5, "--baseline", "--resume", "--out", tmp_path / "whole")
     assert (tmp_path / "whole" / "results.json").read_text() == results          # nothing left to do, nothing lost
-    for part in ("model", "average"):
+    for part in ("ensemble", "average"):
         assert all(torch.equal(whole[part][key], halves[part][key]) for key in whole[part])
     rows = json.loads((tmp_path / "whole" / "results.json").read_text())
     counts = {(row["test"], row["head"], row["measure"]): row["images"] for row in rows}
-    assert counts["val", "mean", "top-5"] == 7 and counts["counterfactual", "texture", "top-1"] == 9
+    assert counts["val", "mean", "top-5"] == 7 and counts["counterfactual", "texture", "top-1"] == 1     # a tenth
     assert counts["cue-conflict", "shape", "right shape"] == 2 and counts["in9 mixed_rand", "mean", "top-1"] == 3
     assert ("in9", "shape and texture", "background gap") in counts and counts["val", "baseline", "top-1"] == 7
     assert (tmp_path / "whole" / "results.md").read_text().count("\n|") == len(rows) + 1
@@ -301,17 +346,109 @@ def test_the_whole_chain_resumes_to_the_same_bits_and_on_two_ranks(miniature, co
     done = run("train_classifier.py", *common, "--evaluate", "--weights", tmp_path / "one" / "weights.pt", "--out",
                tmp_path / "again")
     again = json.loads((tmp_path / "again" / "results.json").read_text())
-    assert again == one and "| val | mean | top-1 |" in done.stdout
+    assert [row for row in again if row["test"] != "counterfactual"] == [row for row in one if row["test"] != "counterfactual"]
+    assert "| val | mean | top-1 |" in done.stdout
     done = run("train_classifier.py", *common, "--arch", "resnet34", "--evaluate", "--weights",
                tmp_path / "one" / "weights.pt", "--out", tmp_path / "x", expect=2)
     assert "not an ensemble on resnet34" in done.stderr
+    done = run("train_classifier.py", *common, "--lr", 0.1, "--resume", "--out", tmp_path / "one", expect=2)
+    assert "was trained with lr = 0.01, not 0.1" in done.stderr
+
+
+def test_sigterm_within_an_epoch_and_resume_give_the_same_bits(miniature, counterfactuals, tmp_path):
+    """With a network that has dropout and stochastic depth."""
+    common = [*FLAGS, "--arch", "efficientnet_b0", "--data-dir", miniature / "imagenet", "--counterfactual", counterfactuals,
+              "--epochs", 3, "--log-every", 1]
+    run("train_classifier.py", *common, "--out", tmp_path / "whole")
+    flags = [str(flag) for flag in (*common, "--workers", 1, "--out", tmp_path / "cut", "--resume")]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_classifier.py"), *flags], stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("4/9 "):                                              # one step of three in the second epoch
+            process.terminate()
+            break
+    rest = process.communicate(timeout=120)[0]
+    assert process.returncode == 0 and "go on with the same command and --resume" in rest
+    cut = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)
+    assert cut["epoch"] == 1 and 4 <= cut["step"] <= 6
+    run("train_classifier.py", *flags)
+    whole, cut = (torch.load(tmp_path / name / "checkpoint.pt", weights_only=True) for name in ("whole", "cut"))
+    assert all(torch.equal(whole["ensemble"][key], cut["ensemble"][key]) for key in whole["ensemble"])
+    logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("whole", "cut")]
+    assert logs[0] == logs[1] and len(logs[0]) == 9 + 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Explanations
+
+
+def test_heat_maps_of_a_network_whose_map_is_known():
+    """The score of head h is the mean of colour h: its heat map is that colour, as bright as it gets."""
+    class Colours(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.same = torch.nn.Conv2d(3, 3, 1, bias=False)
+            torch.nn.init.dirac_(self.same.weight)
+            self.pool = torch.nn.AdaptiveAvgPool2d(1)
+
+        def forward(self, x):
+            score = self.pool(self.same(x)).flatten(1)
+            return torch.stack([-score, score], 2)                               # class 1 is the answer
+
+    x = torch.rand(2, 3, 8, 8) + 0.1
+    maps, answers = heat_maps(Colours(), x)
+    assert (answers == 1).all() and torch.allclose(maps, x / x.amax((2, 3), keepdim=True), atol=1e-6)
+    masks = torch.zeros(2, 8, 8, dtype=torch.bool)
+    masks[0, :2] = True
+    hot = torch.zeros(2, 8, 8)
+    hot[0, 1:4], hot[1, 0, 0] = 0.6, 0.4
+    assert intersection_over_union(hot, masks).tolist() == [8 / 32, 0]
+
+
+@pytest.mark.parametrize("arch, size", [("resnet18", 64), ("convnext_tiny", 64), ("vit_b_16", 224)])
+def test_heat_maps_of_backbones(arch, size):
+    torch.manual_seed(0)
+    maps, answers = heat_maps(Ensemble(arch), torch.randn(2, 3, size, size))
+    assert maps.shape == (2, 3, size, size) and answers.shape == (2, 3) and 0 <= maps.min() and maps.max() == 1
+    assert len({maps[0, head].sum().item() for head in range(3)}) == 3 and maps[0, 0].std() > 0
+
+
+def test_the_digit_classifier_explains_itself(digits_dir, tmp_path):
+    common = ["--dataset", "colored_mnist", "--data-dir", digits_dir, "--device", "cpu", "--explain", 5]
+    run("train_classifier.py", *common, "--epochs", 1, "--max-steps", 3, "--out", tmp_path / "run")
+    numbers = json.loads((tmp_path / "run" / "results.json").read_text())["seeds"]["0"]
+    assert 0 <= numbers["heat map IoU"] <= 1 and 0.05 < numbers["whole image IoU"] < 0.4
+    weights = tmp_path / "run" / "seed_0" / "weights.pt"
+    done = run("train_classifier.py", *common, "--evaluate", "--weights", weights, "--out", tmp_path / "tested")
+    again = json.loads((tmp_path / "tested" / "results.json").read_text())["seeds"]["0"]
+    assert all(again[name] == numbers[name] for name in again) and "heat map IoU" in done.stdout
+    assert Image.open(tmp_path / "tested" / "seed_0" / "explain.png").height > 5 * 32
+
+
+def test_numbers_reach_tensorboard_if_it_is_there(tmp_path, monkeypatch):
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            seen.append((folder, purge_step))
+
+        def add_scalar(self, *scalar):
+            seen.append(scalar)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "tensorboard")
+    Log(tmp_path / "log.jsonl", 4).write(5, loss=0.5)
+    assert seen == [(tmp_path, 5), ("loss", 0.5, 5)]
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 5, "loss": 0.5}
 
 
 def test_mistakes(miniature, tmp_path):
     for flags, words in ((["--arch", "resnet19", "--data-dir", miniature / "imagenet"], "not a classifier of torchvision"),
                          (["--data-dir", tmp_path / "none"], "no such folder"), ([], "training needs --data-dir"),
                          (["--imagenet9", miniature / "in9", "--evaluate"], "needs --weights"),
-                         (["--evaluate", "--weights", "x"], "nothing to evaluate"),
+                         (["--evaluate", "--weights", "x"], "nothing to evaluate"), (["--seeds", 1, 2], "has no meaning"),
                          (["--data-dir", miniature / "imagenet", "--batch-size", 16], "larger than the 12"),
                          (["--ood", "name", "--data-dir", miniature / "imagenet"], "should be NAME=PATH")):
         done = run("train_classifier.py", *FLAGS, *flags, "--out", tmp_path / "x", expect=2)

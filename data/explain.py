@@ -69,7 +69,7 @@ def explain_digits(classifier, images, digits, labels, count, path):
     """A sheet of the first `count` images, and numbers over all of them.
 
     images: uint8 (n, 3, 32, 32). digits: their shapes, uint8 (n, 1, 32, 32); a pixel belongs to the digit above a tenth
-    of the maximum. Returns the mean intersection over union of heat map and digit, and, to compare, of the whole image.
+    of the maximum. Returns the mean intersection over union of heat map and digit in percent, and, to compare, of the whole image.
     """
     masks = digits[:, 0] > 0.1 * digits.max()
     found = [heat_maps(classifier, to_float(part), lambda x: classifier.cls(classifier.model(x).flatten(1)))
@@ -79,8 +79,8 @@ def explain_digits(classifier, images, digits, labels, count, path):
     columns = [shown, masks[:count, None].float().expand_as(shown), overlay(shown, maps[:count])]
     titles = [f"{label} seen as {answer}" for label, answer in zip(labels[:count].tolist(), answers.tolist())]
     save_png(path, tile_sheet(torch.stack(columns, 1), ["image", "digit", "heat map"], titles))
-    return {"heat map IoU": intersection_over_union(maps, masks).mean().item(),
-            "whole image IoU": intersection_over_union(torch.ones_like(maps), masks).mean().item()}
+    return {name: 100 * intersection_over_union(heat, masks).mean().item()
+            for name, heat in (("heat map IoU", maps), ("whole image IoU", torch.ones_like(maps)))}
 
 
 def explain_imagenet(ensemble, tests, args, device, path):

@@ -21,7 +21,7 @@ from data.imagenet import MEAN, STD, Images, batches, normalized, transform  # n
 from data.scenes import draw_scenes  # noqa: E402
 from train_classifier import Ensemble, ensemble_loss  # noqa: E402
 
-COUNT, BATCH, ROUNDS = 128, 32, 5
+COUNT, BATCH, ROUNDS = 128, 32, 9
 
 
 def write_images(folder):
@@ -48,14 +48,16 @@ def ours(paths, training):
         yield normalized(pixels)
 
 
-def rate(make, paths, training):
-    seconds = []
+def rates(paths, training):
+    """Images per second of both forms, in turns: the median of the rounds."""
+    seconds = {plain: [], ours: []}
     for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for _ in make(paths, training):
-            pass
-        seconds.append(time.perf_counter() - start)
-    return len(paths) / statistics.median(seconds)
+        for make, times in seconds.items():
+            start = time.perf_counter()
+            for _ in make(paths, training):
+                pass
+            times.append(time.perf_counter() - start)
+    return [len(paths) / statistics.median(times) for times in seconds.values()]
 
 
 def step_seconds(bf16, separate):
@@ -82,7 +84,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         paths = write_images(Path(folder))
         for name, training in (("training", True), ("evaluation", False)):
-            before, after = rate(plain, paths, training), rate(ours, paths, training)
+            before, after = rates(paths, training)
             print(f"input, {name:10}  plain {before:6.0f} images/s   ours {after:6.0f} images/s   {after / before:.2f} x")
     torch.set_num_threads(threads)
     plain_step, *others = (step_seconds(*form) for form in ((False, True), (False, False), (True, False)))

@@ -21,6 +21,7 @@ import difflib
 import hashlib
 import io
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -29,7 +30,7 @@ from PIL import Image
 
 from data.mnist import SIZE
 from data.runs import (DOWNLOADS, ROOT, StopSignal, UserError, append_text, claim_folder, describe_run, file_sha256,
-                       join_ranks, load_tensors, non_negative_int, pick_bf16, pick_device, positive_int, rank_and_ranks,
+                       intact_archive, join_ranks, load_tensors, non_negative_int, pick_bf16, pick_device, positive_int, rank_and_ranks,
                        run_main, save_png, save_tensors, tile_sheet, truncation, wait_for_ranks, write_atomically,
                        write_json)
 from data.weights import find_file, find_or_download
@@ -98,15 +99,18 @@ def generate_batch(cgn, args, start, stop, device):
 def generate_dataset(cgn, args, out, device):
     """Write the chunks that are missing, then dataset.json. Memory stays that of one chunk."""
     settings = {name: getattr(args, name) for name in ("seed", "per_shape", "factual", "weights_sha256")}
-    starts = range(0, args.n, CHUNK)
+    starts, signal = range(0, args.n, CHUNK), StopSignal()
     for number, start in enumerate(starts):
         stop = min(start + CHUNK, args.n)
         path = out / f"chunk_{number:05d}.pt"
-        if path.is_file():
-            if chunk_settings(path) != settings | {"start": start, "stop": stop}:
+        if path.is_file() and (before := chunk_settings(path)):
+            if before != settings | {"start": start, "stop": stop}:
                 raise UserError(f"--resume: {path} was made with other settings or weights; give the same ones, or "
                                 "choose another --out")
             continue
+        if signal:
+            print(f"\n{out}: stopped after {start} of {args.n} images; go on with the same command and --resume")
+            return
         parts = [generate_batch(cgn, args, i, min(i + args.batch_size, stop), device)
                  for i in range(start, stop, args.batch_size)]
         images, labels = (torch.cat(column) for column in zip(*parts))
@@ -118,8 +122,13 @@ def generate_dataset(cgn, args, out, device):
 
 
 def chunk_settings(path):
-    content = load_tensors(path)
-    return content.get("settings") if isinstance(content, dict) else None
+    """What a chunk was made with; None if it is damaged, to be made again."""
+    try:
+        content = load_tensors(path) if intact_archive(path) else None
+        return content["settings"]
+    except (UserError, KeyError, TypeError):
+        print(f"warning: {path} is damaged; made again", file=sys.stderr)
+        return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -424,7 +433,8 @@ def parse_args(argv=None):
     parser.add_argument("--sheet", action="store_true", help="write pictures to look at, and no data set")
     parser.add_argument("--raw-weights", action="store_true", help="use the weights, not their moving average")
     parser.add_argument("--out", type=Path, required=True, help="folder; new, empty, or continued with --resume")
-    parser.add_argument("--resume", action="store_true", help="make only the chunks that --out does not hold yet")
+    parser.add_argument("--resume", nargs="?", const="auto", choices=["auto"],
+                        help="make only what --out does not hold yet")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="same seed, same images")
     parser.add_argument("--batch-size", type=positive_int, default=500, help="images at a time; changes no image")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")

@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from data.checkpoints import FROZEN, restore_training, save_training, step_seed
+from data.checkpoints import FROZEN, finite_step, leave_out, restore_training, save_training, step_seed
 from data.frozen import STYLE_CONVOLUTIONS, ConvNormReLU, U2Net, VGG16Features, random_networks
 from data.mnist import SIZE, VARIANTS, load_variant, to_float
 from data.runs import (DOWNLOADS, ROOT, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction,
@@ -47,8 +47,8 @@ PRESETS = {
                            style_weights=[1.0, 1.0, 1.0, 1.0], texture_weights=[0.0, 1.5, 1.5, 0.0]),
 }
 # Arguments that a resumed run may change.
-FREE = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "out", "resume", "device", "kernels",
-        "weights", "data_dir", "weights_dir", "biggan", "u2net", "recompute", "compile"}
+FREE = {"epochs", "max_steps", "log_every", "sample_every", "save_every", "bad_steps", "out", "resume", "device",
+        "kernels", "weights", "data_dir", "weights_dir", "biggan", "u2net", "recompute", "compile"}
 # --preset small of ImageNet: 64 x 64, a hundredth of the weights, and the small U^2-Net; data/scenes.py made its cGAN.
 STAND_INS = ROOT / "data" / "pretrained" / "small_imagenet.pt"
 SMALL = dict(output_dim=64, z_dim=32, class_embed_dim=32, channel_width=8, attention_layer_position=4,
@@ -611,7 +611,10 @@ def generator_groups(cgn, args):
 
 
 def prepare_mnist(args, device, bf16):
-    """Networks by name, their optimizers, a function that makes step n and returns its losses, and one for sheets."""
+    """Networks by name, their optimizers, a function for sheets, and one that makes step n.
+
+    It returns the losses by name, and whether one or a gradient was not finite, and the update left out.
+    """
     data, _ = load_variant(args.dataset, args.data_dir, textures=args.textures, offline=args.offline, seed=args.seed,
                            device=device)
     vgg = load_vgg(args, device, bf16, args.style_weights)
@@ -644,17 +647,17 @@ def prepare_mnist(args, device, bf16):
         textures = [shuffle_patches(texture, offset) for texture, offset in zip(textures, offsets)]
         losses, x_gen, mask_mean = generator_losses(args, vgg, discriminator, (mask, *textures), x_gt, y_gen, warmup)
         optimizers[0].zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
-        optimizers[0].step()
-        update_average(average, cgn, min(args.ema, (1 + step) / (10 + step)))
+        total = sum(losses.values())
+        total.backward()
+        bad = finite_step(optimizers[0], total)
 
         if not warmup:
             discriminator.requires_grad_(True)
             losses["discriminator"] = discriminator_loss(discriminator, x_gt, y_gt, x_gen.detach(), y_gen)
             optimizers[1].zero_grad(set_to_none=True)
             losses["discriminator"].backward()
-            optimizers[1].step()
-        return losses | {"mask": mask_mean}
+            bad = bad + finite_step(optimizers[1], losses["discriminator"])
+        return losses | {"mask": mask_mean}, bad
 
     parts = {"generator": cgn, "average": average, "discriminator": discriminator}
     return parts, optimizers, make_step, lambda: sample_sheet(average.eval())
@@ -701,9 +704,7 @@ def prepare_imagenet(args, device, bf16):
             losses |= {"mask_mean": mask_mean.mean(), "mask_spread": mask_mean.std(correction=0)}
             for name, value in losses.items():
                 totals[name] = totals.get(name, 0) + value.detach() / args.accumulate
-        optimizers[0].step()
-        update_average(average, cgn, min(args.ema, (1 + step) / (10 + step)))
-        return totals
+        return totals, finite_step(optimizers[0], sum(totals.values()))
 
     parts = {"generator": cgn, "average": average}
     return parts, optimizers, make_step, lambda: imagenet_sheet(average, cgn.biggan_GT, args.truncation)
@@ -715,28 +716,32 @@ def train(args, out, device):
     bf16, (rank, ranks) = pick_bf16(args.amp, device), rank_and_ranks()
     prepare = prepare_imagenet if args.dataset == "imagenet" else prepare_mnist
     parts, optimizers, make_step, make_sheet = prepare(args, device, bf16)
-    start, last = 0, args.__dict__.pop("last_step")
-    checkpoint = out / "checkpoint.pt" if args.resume == "auto" else args.resume
-    if args.resume and (args.resume != "auto" or checkpoint.exists()):      # nothing saved yet: begin
-        start = restore_training(Path(checkpoint), args, parts, optimizers, FREE)["step"]
-    stop, totals = StopSignal(), {}
+    last = args.__dict__.pop("last_step")
+    start = restore_training(out, args, parts, optimizers, FREE).get("step", 0)
+    stop, totals, bad_steps, log = StopSignal(), {}, 0, None
     if rank == 0:
         describe_run(out, __file__, args)
         log = Log(out / "log.jsonl", start)
         print(f"{args.dataset} on {ranks} x {device}, {'bf16' if bf16 else 'float32'}, steps {start} to {last}")
 
     for step in range(start, last):
-        for name, value in make_step(step).items():
-            totals.setdefault(name, []).append(value.detach())
-        done, stopping = step + 1, any_rank(stop, device)
+        losses, bad = make_step(step)
+        done, stopping, bad_steps = step + 1, any_rank(stop, device), bad_steps + 1 if bad else 0
+        if bad_steps:
+            leave_out(done, losses, bad_steps, args, parts.values(), log)
+        else:
+            update_average(parts["average"], parts["generator"], min(args.ema, done / (9 + done)))
+            for name, value in losses.items():
+                totals.setdefault(name, []).append(value.detach())
         if done % args.log_every == 0 or done == last:
             means = {name: mean_over_ranks(torch.stack(values).mean()).item() for name, values in totals.items()}
             totals = {}
             if rank == 0:
                 log.write(step=done, **means)
                 log.progress(done, last, means)
-                if not 0.02 < means.get("mask_mean", 0.5) < 0.98:
-                    print(f"warning: the mean mask is {means['mask_mean']:.3f}: it has collapsed", file=sys.stderr)
+                mask_mean = means.get("mask_mean", means.get("mask", 0.5))
+                if not 0.02 < mask_mean < 0.98:
+                    print(f"warning: the mean mask is {mask_mean:.3f}: it has collapsed", file=sys.stderr)
         if rank == 0 and args.sample_every and (done % args.sample_every == 0 or done == last):
             (out / "samples").mkdir(exist_ok=True)
             save_png(out / "samples" / f"{done:07d}.png", make_sheet())
@@ -830,6 +835,8 @@ def parse_args(argv=None):
     run.add_argument("--log-every", type=positive_int, default=100, help="steps between lines of the log")
     run.add_argument("--sample-every", type=non_negative_int, default=1000, help="steps between sheets; 0: none")
     run.add_argument("--save-every", type=positive_int, default=1000, help="steps between checkpoints")
+    run.add_argument("--bad-steps", type=positive_int, default=20,
+                     help="steps in a row without finite losses or gradients, which are left out, before giving up")
 
     # --dataset and --preset settle the other defaults.
     early = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)

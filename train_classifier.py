@@ -19,16 +19,21 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from data.checkpoints import restore_training, save_training, step_seed
+from data.checkpoints import (check_settings, find_checkpoint, finite_step, leave_out, restore_training,
+                              save_checkpoint, save_training, step_seed)
 from data.explain import explain_digits, explain_imagenet
 from data.imagenet import Images, batches, counterfactual_images, normalized, transform, wnid_images
 from data.mnist import VARIANTS, load_variant, to_float
 from data.robustness import ANSWERS, HEADS, evaluate, load_tests, write_table
 from data.runs import (DOWNLOADS, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction, join_ranks,
                        load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16, pick_device,
-                       positive_int, rank_and_ranks, run_main, save_tensors, write_json)
+                       plain, positive_int, rank_and_ranks, run_main, save_tensors, write_json)
 from data.weights import add_torchvision_file, check_state_dict, load_network
 from train_cgn import update_average
+
+# What a resumed run must share with the run that it continues.
+SETTINGS = {"dataset", "offline", "batch_size", "max_steps", "lr", "seed", "train", "textures", "gamma", "arch", "steps",
+            "cf_ratio", "schedule", "lr_step", "warmup", "weight_decay", "ema", "image_size"}
 
 
 class MnistClassifier(nn.Module):
@@ -103,26 +108,20 @@ def accuracy(classifier, images, labels):
     return 100 * correct.item() / len(labels)
 
 
-def train_epoch(classifier, optimizer, images, labels, order, args):
-    """One pass in the given order. Returns mean loss and accuracy in percent, while training."""
-    classifier.train()
-    loss_sum = correct = torch.zeros((), device=labels.device)
-    for index in order.split(args.batch_size):
-        x, y = to_float(images.index_select(0, index)).contiguous(memory_format=torch.channels_last), labels[index]
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-            log_probabilities = classifier(x).float()
-        loss = F.nll_loss(log_probabilities, y)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        with torch.no_grad():
-            loss_sum = loss_sum + loss * len(y)
-            correct = correct + (log_probabilities.argmax(1) == y).sum()
-    return loss_sum.item() / len(order), 100 * correct.item() / len(order)
+def train_step(classifier, optimizer, x, y, args):
+    """One update. Returns the loss, how many answers were right, and whether the update was left out."""
+    x = to_float(x).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
+        log_probabilities = classifier(x).float()
+    loss = F.nll_loss(log_probabilities, y)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    bad = finite_step(optimizer, loss)
+    return loss.detach(), (log_probabilities.detach().argmax(1) == y).sum(), bad
 
 
-def train_classifier(args, seed, out, data, tests, device):
-    """One classifier, from its own seed. Returns the last epoch's numbers.
+def train_classifier(args, seed, out, data, tests, device, stop):
+    """One classifier, from its own seed. Returns the last epoch's numbers; None if it was stopped.
 
     data: original and counterfactual training images, and the test's digits. tests: name -> (images, labels).
     """
@@ -133,33 +132,55 @@ def train_classifier(args, seed, out, data, tests, device):
         load_classifier(classifier, args.weights)
     classifier.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adadelta(classifier.parameters(), lr=args.lr)
-    first, last, best, numbers = 0, 0 if args.evaluate else args.epochs, -1.0, {}
-    if args.resume and (out / "checkpoint.pt").is_file():
-        state = load_tensors(out / "checkpoint.pt")
-        classifier.load_state_dict(state["classifier"])
-        optimizer.load_state_dict(state["optimizer"])
-        first, best, numbers = state["epoch"], state["best"], state["numbers"]
-    log = Log(out / "log.jsonl", first)
-    for epoch in range(first, last):
+    # Position: images of the epoch that were seen. Sums: of their losses, and right answers.
+    state = {"epoch": 0, "position": 0, "sums": torch.zeros(2), "best": -1.0, "numbers": {}}
+    path, saved = find_checkpoint(out) if args.resume else (None, None)
+    if saved:
+        check_settings(path, saved["args"], args, vars(args).keys() - SETTINGS)
+        classifier.load_state_dict(saved["classifier"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = {name: saved[name] for name in state}
+
+    def save():
+        save_checkpoint(out, state | {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
+                                      "args": plain(args)})
+
+    log, bad_steps = Log(out / "log.jsonl", state["epoch"]), 0
+    for epoch in range(state["epoch"], 0 if args.evaluate else args.epochs):
         images, labels = training_images(args, *data[:2], epoch)
         generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
         order = torch.randperm(len(labels), generator=generator).to(device)
         if args.max_steps:
             order = order[:args.max_steps * args.batch_size]
         optimizer.param_groups[0]["lr"] = args.lr * args.gamma ** epoch
-        loss, train_accuracy = train_epoch(classifier, optimizer, images, labels, order, args)
-        numbers = {"loss": loss, "train": train_accuracy} | {name: accuracy(classifier, *t) for name, t in tests.items()}
+        state["sums"] = state["sums"].to(device)
+        classifier.train()
+        for index in order[state["position"]:].split(args.batch_size):
+            loss, correct, bad = train_step(classifier, optimizer, images.index_select(0, index), labels[index], args)
+            bad_steps = bad_steps + 1 if bad else 0
+            state["position"] += len(index)
+            if bad_steps:
+                leave_out(epoch + 1, {"loss": loss}, bad_steps, args, [classifier], log)
+            else:
+                state["sums"] = state["sums"] + torch.stack([loss * len(index), correct])
+            if stop:
+                save()
+                print(f"stopped in epoch {epoch + 1} of seed {seed}; go on with the same command and --resume")
+                return None
+        loss, train_accuracy = (state["sums"] / len(order)).tolist()
+        numbers = {"loss": loss, "train": 100 * train_accuracy}
+        numbers |= {name: accuracy(classifier, *test) for name, test in tests.items()}
         log.write(epoch + 1, seed=seed, **numbers)
         print(f"seed {seed}  epoch {epoch + 1}/{args.epochs}  " +
               "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()), flush=True)
         # Chosen without a look at the decorrelated test: that would be selecting on what is to be measured.
-        if numbers["correlated"] > best:
-            best = numbers["correlated"]
+        if numbers["correlated"] > state["best"]:
             save_tensors(out / "weights_best.pt", classifier.state_dict())
         save_tensors(out / "weights.pt", classifier.state_dict())
-        save_tensors(out / "checkpoint.pt", {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
-                                             "epoch": epoch + 1, "best": best, "numbers": numbers})
-    numbers = numbers or {name: accuracy(classifier, *test) for name, test in tests.items()}
+        state = {"epoch": epoch + 1, "position": 0, "sums": torch.zeros(2), "numbers": numbers,
+                 "best": max(state["best"], numbers["correlated"])}
+        save()
+    numbers = state["numbers"] or {name: accuracy(classifier, *test) for name, test in tests.items()}
     if args.explain:
         digits = data[2].digits, data[2].labels
         numbers |= explain_digits(classifier, tests["decorrelated"][0], *digits, args.explain, out / "explain.png")
@@ -187,11 +208,6 @@ def summarize(args, results, out):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # ImageNet: the invariant ensemble (section 4.2)
-
-# What a resumed run must share with the run that it continues.
-SETTINGS = {"arch", "batch_size", "steps", "cf_ratio", "lr", "schedule", "lr_step", "warmup", "weight_decay", "ema",
-            "image_size", "seed"}
-
 
 class Ensemble(nn.Module):
     """A torchvision classifier whose last linear layer is replaced by three: (N, 3, H, W) -> logits (N, 3, 1000)."""
@@ -277,15 +293,14 @@ def imagenet_batches(real, counterfactual, args, epoch, first, device):
 
 
 def imagenet_step(model, optimizer, batch, args):
-    """One update; both kinds of images in the same forward. Returns the loss."""
+    """One update; both kinds of images in the same forward. Returns the loss, and whether the update was left out."""
     pixels, labels = torch.cat([pixels for pixels, _ in batch]), batch[0][1]
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=args.bf16):
         logits = model(normalized(pixels))
     loss = ensemble_loss(logits, labels, batch[1][1] if len(batch) > 1 else None)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    optimizer.step()
-    return loss.detach()
+    return loss.detach(), finite_step(optimizer, loss)
 
 
 def train_imagenet(args, ensemble, tests, real, counterfactual, out, device):
@@ -295,15 +310,15 @@ def train_imagenet(args, ensemble, tests, real, counterfactual, out, device):
     if args.ema:
         parts["average"] = copy.deepcopy(ensemble).requires_grad_(False)
     tested = parts.get("average", ensemble)
-    optimizer = torch.optim.SGD(ensemble.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = torch.optim.SGD(ensemble.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
     step, epoch, best, loss_sum, rows = 0, 0, -1.0, torch.zeros((), device=device), []
-    if args.resume and (out / "checkpoint.pt").is_file():
-        state = restore_training(out / "checkpoint.pt", args, parts, [optimizer], vars(args).keys() - SETTINGS)
+    if state := restore_training(out, args, parts, [optimizer], vars(args).keys() - SETTINGS):
         step, epoch, best, loss_sum = state["step"], state["epoch"], state["best"], state["loss_sum"].to(device)
     model = nn.parallel.DistributedDataParallel(ensemble, broadcast_buffers=False) if ranks > 1 else ensemble
     if args.compile:
         ensemble.compile()
-    log, stop, last = Log(out / "log.jsonl", step) if rank == 0 else None, StopSignal(), args.epochs * args.steps
+    log, stop = Log(out / "log.jsonl", step) if rank == 0 else None, StopSignal()
+    last, bad_steps = args.epochs * args.steps, 0
 
     def save(**more):
         if rank == 0:
@@ -314,10 +329,14 @@ def train_imagenet(args, ensemble, tests, real, counterfactual, out, device):
         for batch in imagenet_batches(real, counterfactual, args, epoch, step - epoch * args.steps, device):
             torch.manual_seed(step_seed(args.seed + 101 * rank, step))     # of dropout
             optimizer.param_groups[0]["lr"] = learning_rate(args, step / args.steps)
-            loss_sum = loss_sum + imagenet_step(model, optimizer, batch, args)
-            if args.ema:
-                update_average(parts["average"], ensemble, args.ema)
-            step, stopping = step + 1, any_rank(stop, device)
+            loss, bad = imagenet_step(model, optimizer, batch, args)
+            step, stopping, bad_steps = step + 1, any_rank(stop, device), bad_steps + 1 if bad else 0
+            if bad_steps:
+                leave_out(step, {"loss": loss}, bad_steps, args, [], log)
+            else:
+                loss_sum = loss_sum + loss
+                if args.ema:
+                    update_average(parts["average"], ensemble, args.ema)
             if rank == 0 and step % args.log_every == 0:
                 loss = loss_sum.item() / (step - epoch * args.steps)       # of this epoch so far, on this rank
                 log.write(step, loss=loss, lr=optimizer.param_groups[0]["lr"])
@@ -477,7 +496,10 @@ def parse_args(argv=None):
 
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, required=True, help="run folder; new, empty, or continued with --resume")
-    run.add_argument("--resume", action="store_true", help="go on where the run in --out was interrupted")
+    run.add_argument("--resume", nargs="?", const="auto", choices=["auto"],
+                     help="go on where the run in --out was interrupted; begin if nothing was saved")
+    run.add_argument("--bad-steps", type=positive_int, default=20,
+                     help="steps in a row without finite losses or gradients, which are left out, before giving up")
     run.add_argument("--evaluate", action="store_true", help="no training: test --weights")
     run.add_argument("--explain", type=non_negative_int, default=0, metavar="N", help="Grad-CAM heat maps of N test images")
     run.add_argument("--seed", type=non_negative_int, default=0, help="of the data: colours, crops and test images")
@@ -514,8 +536,12 @@ def main():
     tests = {"decorrelated": (test.all_images(args.seed, decorrelated=True), test.labels),
              "correlated": (test.all_images(args.seed), test.labels)}
     describe_run(out, __file__, args)
-    results = {seed: train_classifier(args, seed, out / f"seed_{seed}", (original, counterfactual, test), tests, device)
-               for seed in args.seeds}
+    results, stop = {}, StopSignal()
+    for seed in args.seeds:
+        numbers = train_classifier(args, seed, out / f"seed_{seed}", (original, counterfactual, test), tests, device, stop)
+        if numbers is None:
+            return
+        results[seed] = numbers
     summarize(args, results, out)
 
 

@@ -6,13 +6,16 @@ Whatever is wrong with a folder is a UserError that names it.
 import csv
 import functools
 import glob
+import io
 import json
+import math
 import re
 import signal
 import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file
 from torchvision.transforms import v2
 
@@ -21,6 +24,7 @@ from data.runs import ROOT, UserError, load_tensors
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # of ImageNet, as torchvision's weights expect
 IN9_MEAN, IN9_STD = (0.4717, 0.4499, 0.3837), (0.2600, 0.2516, 0.2575)   # of ImageNet-9, as the published CGN code has it
+LARGEST = 90_000_000                                       # pixels of an image; the largest of ImageNet has 61 million
 DAMAGED = 20                                               # images that are skipped before it is an error
 
 
@@ -104,6 +108,8 @@ def counterfactual_images(patterns):
         present = {f"{sub.name}/{path.name}" for sub in {folder / Path(name).parent for name, _ in rows}
                    if sub.is_dir() for path in pictures(sub)}
         named = {name for name, _ in rows}
+        if len(named) != len(rows):
+            raise UserError(f"--counterfactual {table}: {len(rows)} rows for {len(named)} files; one each is needed")
         for odd, words in ((named - present, "a row without its file"), (present - named, "a file without its row")):
             if odd:
                 raise UserError(f"--counterfactual {folder}: {min(odd)} and {len(odd) - 1} more: {words}; run generate.py "
@@ -161,6 +167,21 @@ def transform(training, size=224, margin=True):
     return v2.Compose([v2.Resize(size * 256 // 224 if margin else size, antialias=True), v2.CenterCrop(size)])
 
 
+def declared_pixels(data):
+    """Width times height in the header of an image file (uint8 tensor), or 0: to be looked at before memory is taken."""
+    head, place = memoryview(data.numpy()), 2
+    while head[:2] == b"\xff\xd8" and place + 9 < len(head) and head[place] == 0xff:      # segments of a JPEG
+        if 0xc0 <= head[place + 1] <= 0xcf and head[place + 1] not in (0xc4, 0xc8, 0xcc):
+            return int.from_bytes(head[place + 5:place + 7], "big") * int.from_bytes(head[place + 7:place + 9], "big")
+        place += 2 + int.from_bytes(head[place + 2:place + 4], "big")
+    try:
+        return math.prod(Image.open(io.BytesIO(head)).size)
+    except Image.DecompressionBombError:
+        return LARGEST + 1
+    except (OSError, ValueError, SyntaxError):
+        return 0
+
+
 def decode(data, device="cpu"):
     """Bytes of image files (uint8 tensors) -> uint8 (3, H, W) each on `device`, None where damaged. Together if it can be."""
     try:
@@ -169,7 +190,8 @@ def decode(data, device="cpu"):
         if len(data) > 1:
             return [image for one in data for image in decode([one], device)]
     try:                                                   # a GPU decodes neither CMYK nor PNG
-        return [v2.functional.to_dtype(decode_image(data[0], ImageReadMode.RGB), torch.uint8, scale=True).to(device)]
+        image = v2.functional.to_dtype(decode_image(data[0], ImageReadMode.RGB), torch.uint8, scale=True)
+        return [(image if image.ndim == 3 else image[0]).to(device)]       # of an animation, the first
     except RuntimeError:
         return [None]
 
@@ -191,7 +213,10 @@ class Images(torch.utils.data.Dataset):
     def __getitem__(self, number):
         try:
             data = read_file(str(self.paths[number]))
+            too_large = declared_pixels(data) > LARGEST
         except RuntimeError:
+            too_large = True                               # not readable at all
+        if too_large:
             return None, self.labels[number], number
         return data if self.device else self.augmented(*decode([data]), number), self.labels[number], number
 
@@ -240,7 +265,7 @@ def batches(images, order, size, workers, device):
         pixels, labels, damaged = collate(images.decoded(batch)) if images.device else batch
         for number in damaged:
             skipped += 1
-            print(f"warning: {images.paths[number]}: damaged or no image; left out", file=sys.stderr)
+            print(f"warning: {images.paths[number]}: damaged, too large or no image; left out", file=sys.stderr)
         if skipped > DAMAGED:
             raise UserError(f"more than {DAMAGED} damaged images, see above; mend or delete them")
         if len(pixels):

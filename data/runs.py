@@ -14,14 +14,21 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import torch
 import torch.distributed as distributed
 from PIL import Image, ImageDraw
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None                                           # Windows: no locks
+
 ROOT = Path(__file__).resolve().parent.parent          # the repository, wherever the script is started from
 DOWNLOADS = ROOT / "data" / "downloads"                # default of --data-dir and --weights-dir; ignored by git
+LOCK, HELD = ".lock", []                               # the lock file in a run folder; open files whose locks are held
 
 
 class UserError(Exception):
@@ -127,7 +134,8 @@ def write_atomically(path, write):
 
 
 def cannot_write(path, error):
-    return UserError(f"cannot write {path}: {error.strerror or error}; free some space, or choose another --out")
+    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    return UserError(f"cannot write {path}: {reason}; free some space, or choose another --out")
 
 
 def append_text(path, text):
@@ -157,7 +165,13 @@ def write_json(path, value):
 
 def save_tensors(path, value):
     """`torch.save` of tensors and plain values, so that `weights_only=True` can read it back."""
-    write_atomically(path, lambda temporary: torch.save(value, temporary))
+    def write(temporary):
+        try:
+            torch.save(value, temporary)
+        except RuntimeError as error:                      # torch's writer has no OSError for a full disk
+            raise cannot_write(path, error) from None
+
+    write_atomically(path, write)
 
 
 def load_tensors(path, device="cpu"):
@@ -166,6 +180,7 @@ def load_tensors(path, device="cpu"):
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
+        refuse_compressed(path)
         try:
             return torch.load(path, map_location=device, weights_only=True, mmap=True)
         except RuntimeError as error:                  # files older than torch 1.6 are not zip archives
@@ -175,6 +190,26 @@ def load_tensors(path, device="cpu"):
     except Exception as error:                         # damaged files raise nearly anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path}: not a readable weights file, damaged or of a foreign kind ({reason[:160]})") from None
+
+
+def refuse_compressed(path):
+    """ValueError for an archive with compressed parts: torch writes none, and a small one may unpack to any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+                raise ValueError("a compressed archive, which torch never writes")
+
+
+def intact_archive(path):
+    """Whether the checksums within a zip archive are right, as torch writes it since 2020. Older forms have none."""
+    with open(path, "rb") as file:
+        if file.read(2) != b"PK":
+            return True
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, EOFError, NotImplementedError):
+        return False
 
 
 def save_png(path, image):
@@ -213,11 +248,14 @@ def tile_sheet(images, column_titles=(), row_titles=(), scale=3, gap=2):
 
 
 def claim_folder(out, script, resuming):
-    """Make the run folder `out`. One that is not empty is taken only if `script` made it and it is to be resumed."""
+    """Make the run folder `out`, and hold it until this process ends: a second one is refused.
+
+    A folder that is not empty is taken only if `script` made it and it is to be resumed.
+    """
     out = Path(out)
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file of that name exists; choose another folder")
-    if out.is_dir() and any(out.iterdir()):
+    if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
         try:
             ours = json.loads((out / "args.json").read_text())["script"] == Path(script).name
         except (OSError, ValueError, KeyError, TypeError):
@@ -229,7 +267,27 @@ def claim_folder(out, script, resuming):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot make the folder ({error.strerror})") from None
+    if not hold(out / LOCK):
+        raise UserError(f"--out {out}: another process is at work in this folder; wait for it, or choose another folder")
+    for left in out.glob("**/.*.tmp"):                     # of a run that was killed while writing
+        left.unlink(missing_ok=True)
     return out
+
+
+def hold(path, wait=False):
+    """Lock the file `path` until this process ends, or what is returned is closed. None if another process has it."""
+    file = open(path, "a")
+    try:
+        # Of this kind because processes forked from this one, such as data loaders, do not inherit it.
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return None
+    except OSError:                                        # a file system without locks
+        pass
+    HELD.append(file)
+    return file
 
 
 def describe_run(out, script, args):
@@ -258,8 +316,14 @@ class Log:
     """
 
     def __init__(self, path, step=0):
-        lines = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line).get("step", 0) <= step]
+        def step_of(line):                                 # the last one may be cut
+            try:
+                return json.loads(line)["step"]
+            except (ValueError, KeyError, TypeError):
+                return step + 1
+
+        lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+        kept = [line for line in lines if step_of(line) <= step]
         write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
         self.file = open(path, "a", buffering=1)
         self.start, self.first, self.live = time.time(), step, sys.stdout.isatty()

@@ -12,7 +12,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urljoin, urlsplit
 
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from data.runs import UserError, load_tensors, write_atomically
+from data.runs import UserError, hold, intact_archive, load_tensors, write_atomically
 
 DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
 
@@ -87,14 +86,21 @@ def find_or_download(name, weights_dir, *, sources=None):
     path, part = folder / entry["file"], folder / (entry["file"] + ".part")
     with disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        lock = hold(folder / f".{entry['file']}.lock")
+        if not lock:
+            say(f"{entry['file']}: another process is fetching it; waiting")
+            lock = hold(folder / f".{entry['file']}.lock", wait=True)
     failures = []
-    for url in entry["sources"] if sources is None else sources:
-        try:
-            download(url, entry, part)
-            write_atomically(path, lambda temporary: os.replace(part, temporary))
-            return path
-        except ValueError as error:
-            failures.append(f"{url}: {error}")
+    with lock:
+        if found := find_file(name, weights_dir):
+            return found
+        for url in entry["sources"] if sources is None else sources:
+            try:
+                download(url, entry, part)
+                write_atomically(path, lambda temporary: os.replace(part, temporary))
+                return path
+            except ValueError as error:
+                failures.append(f"{url}: {error}")
     raise UserError(f"cannot download {entry['file']} ({'; '.join(failures)}); try again later, put the file into "
                     f"{folder} yourself, or go on without it with --offline")
 
@@ -124,18 +130,6 @@ def download(url, entry, part):
         raise ValueError("what came has the wrong size or SHA-256 and was deleted")
     if not entry["sha256"]:
         say(f"{entry['file']}: SHA-256 {digest.hexdigest()}; none is published to compare it with")
-
-
-def intact_archive(path):
-    """Whether the checksums within a zip archive are right, as torch writes it since 2020. Older forms have none."""
-    with open(path, "rb") as file:
-        if file.read(2) != b"PK":
-            return True
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, EOFError, NotImplementedError):
-        return False
 
 
 def receive(url, entry, part):

@@ -2,6 +2,7 @@
 import gzip
 import multiprocessing
 import os
+import resource
 import runpy
 import subprocess
 import sys
@@ -38,6 +39,29 @@ def repair_interpreter():
 repair_interpreter()
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "soak: long forms of the reliability tests; run with -m soak")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "soak" not in config.getoption("-m"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("soak")])
+        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+
+
+def same(a, b):
+    """Equal to the last bit, through dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
 def folder_from(variable):
     """The folder that an environment variable names, or None."""
     return Path(os.environ[variable]) if os.environ.get(variable) else None
@@ -59,25 +83,32 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["torch", "torchvision", "torch.distributed", "kernels"])
 
 
-def as_main(command, output):
+def as_main(command, output, bytes_per_file):
     """In a process of its own: what `python script.py --flags` does, with its output in files."""
     for number, path in enumerate(output, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    if bytes_per_file:                                     # what stands in for a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, bytes_per_file))
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
 
 
-def run(script, *flags, expect=0):
+def start(script, *flags, output=("/dev/null", "/dev/null"), bytes_per_file=None):
+    """A process that runs a script of the repository."""
+    process = processes.Process(target=as_main, args=([str(ROOT / script), *map(str, flags)], output, bytes_per_file))
+    process.start()
+    return process
+
+
+def run(script, *flags, expect=0, bytes_per_file=None):
     """Run a script of the repository in a process of its own. Its output is returned, and shows on failure."""
-    command = [str(ROOT / script), *map(str, flags)]
     with tempfile.TemporaryDirectory() as folder:
         output = [Path(folder, name) for name in ("stdout", "stderr")]
-        process = processes.Process(target=as_main, args=(command, output))
-        process.start()
+        process = start(script, *flags, output=output, bytes_per_file=bytes_per_file)
         process.join(300)
         process.kill()                                     # if it is still there
         stdout, stderr = (path.read_text() if path.exists() else "" for path in output)
-    assert process.exitcode == expect, f"{process.exitcode}: {command}\n{stdout[-2000:]}\n{stderr[-3000:]}"
+    assert process.exitcode == expect, f"{process.exitcode}: {script} {flags}\n{stdout[-2000:]}\n{stderr[-3000:]}"
     return types.SimpleNamespace(stdout=stdout, stderr=stderr)
 
 

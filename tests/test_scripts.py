@@ -12,23 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from conftest import ROOT, folder_from, run, write_idx
+from conftest import ROOT, folder_from, load, run, same, write_idx
 from data.mnist import VARIANTS
 from data.runs import run_main
 from train_cgn import PRESETS, load_generator, parse_args
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def same(a, b):
-    """Equal to the last bit, through dicts and lists."""
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 def without_args(checkpoint):

@@ -25,6 +25,7 @@ from data import weights
 from data.runs import UserError
 
 BODY = b"PK" + random.Random(0).randbytes(300_000)
+LOCK = ".tiny.pth.lock"
 INDICES = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
 
 
@@ -117,13 +118,13 @@ def failure(folder, *urls):
     """The message of a download that must fail and leave nothing under the final name; no other files but the part."""
     with pytest.raises(UserError) as caught:
         get(folder, *urls)
-    assert {path.name for path in folder.iterdir()} <= {"tiny.pth.part"}
+    assert {path.name for path in folder.iterdir()} <= {"tiny.pth.part", LOCK}
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def complete(folder, path):
-    return path == folder / "tiny.pth" and path.read_bytes() == BODY and os.listdir(folder) == ["tiny.pth"]
+    return path == folder / "tiny.pth" and path.read_bytes() == BODY and set(os.listdir(folder)) == {"tiny.pth", LOCK}
 
 
 def test_plain_download_makes_the_folder_and_comes_only_once(server, tmp_path, capsys):

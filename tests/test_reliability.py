@@ -1,0 +1,405 @@
+"""Nothing lost, nothing trusted: kills, full disks, numbers gone wrong, damaged and hostile files, memory.
+
+The long forms run with `python -m pytest -m soak tests`.
+"""
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+import torch
+from PIL import Image
+
+import train_cgn
+from conftest import ROOT, load, run, same, start
+from data.checkpoints import find_checkpoint, finite_step, mend_statistics
+from data.imagenet import Images, counterfactual_images, transform
+from data.mnist import load_textures
+from data.runs import Log, UserError, claim_folder, save_tensors
+
+SOAK = pytest.mark.soak
+KILLS = [3, pytest.param(20, marks=SOAK)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Killed at any moment
+
+
+def contents(folder):
+    """File name -> tensors, lines or bytes of all that a run wrote; without what names the folder or the moment."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or path.name in ("args.json", ".lock", "checkpoint_before.pt") or path.suffix == ".py":
+            continue
+        found[name] = load(path) if path.suffix == ".pt" else path.read_bytes()
+        if isinstance(found[name], dict):
+            found[name].pop("args", None)
+    return found
+
+
+def kill_and_finish(script, flags, out, kills, seconds):
+    """Start, kill -9 at a random moment and start again, `kills` times; then run to the end. Returns how many hit."""
+    moments, hits = random.Random(kills), 0
+    for _ in range(kills):
+        process = start(script, *flags, "--resume", "auto", "--out", out)
+        process.join(moments.uniform(0.3, 0.3 + 2 * seconds / kills))
+        hits += process.exitcode is None
+        process.kill()
+        process.join()
+    run(script, *flags, "--resume", "auto", "--out", out)
+    assert not list(out.rglob("*.tmp"))
+    return hits
+
+
+def check_kills(script, flags, tmp_path, kills):
+    begun = time.time()
+    run(script, *flags, "--out", tmp_path / "whole")
+    hits = kill_and_finish(script, flags, tmp_path / "killed", kills, time.time() - begun)
+    whole, killed = (contents(tmp_path / name) for name in ("whole", "killed"))
+    assert hits and whole.keys() == killed.keys()
+    assert [name for name in whole if not same(whole[name], killed[name])] == []
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_trainings_end_the_same(tiny, tmp_path, kills):
+    flags = ["--dataset", "colored_mnist", *tiny, "--max-steps", 30 * kills, "--log-every", 1, "--save-every", 2,
+             "--sample-every", 20, "--seed", 5]
+    check_kills("train_cgn.py", flags, tmp_path, kills)
+
+
+@pytest.fixture(scope="module")
+def generator(tmp_path_factory):
+    """An untrained generator's weights.pt."""
+    out = tmp_path_factory.mktemp("generator")
+    cgn = train_cgn.MnistCGN()
+    save_tensors(out / "weights.pt", {"generator": cgn.state_dict(), "average": cgn.state_dict(), "step": 0,
+                                      "args": {"dataset": "colored_mnist", "offline": False}})
+    return out / "weights.pt"
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_generations_end_the_same(generator, tmp_path, kills):
+    check_kills("generate.py", ["--weights", generator, "--n", 1_500 * kills, "--device", "cpu"], tmp_path, kills)
+
+
+@pytest.mark.parametrize("kills", KILLS)
+def test_killed_classifiers_end_the_same(digits_dir, tmp_path, kills):
+    flags = ["--dataset", "double_colored_mnist", "--data-dir", digits_dir, "--device", "cpu", "--seeds", 3, 4, "--epochs",
+             2 * kills]
+    check_kills("train_classifier.py", flags, tmp_path, kills)
+
+
+@SOAK
+def test_killed_imagenet_generations_end_the_same(small_cgn, tmp_path):
+    flags = ["--dataset", "imagenet", "--weights", small_cgn / "weights.pt", "--device", "cpu", "--n", 400, "--batch-size", 4]
+    check_kills("generate.py", flags, tmp_path, 20)
+
+
+@pytest.mark.parametrize("script", ["generate.py", "train_classifier.py"])
+def test_sigterm_finishes_the_step_and_saves(generator, digits_dir, tmp_path, script):
+    flags = {"generate.py": ["--weights", generator, "--n", 6_000],
+             "train_classifier.py": ["--dataset", "wildlife_mnist", "--data-dir", digits_dir, "--epochs", 15]}[script]
+    flags = [*map(str, flags), "--device", "cpu"]
+    run(script, *flags, "--out", tmp_path / "whole")
+    process = subprocess.Popen([sys.executable, str(ROOT / script), *flags, "--out", str(tmp_path / "cut")],
+                               stdout=subprocess.PIPE, text=True)
+    begun = {"generate.py": "chunk_00000.pt", "train_classifier.py": "seed_0/checkpoint.pt"}[script]
+    while not (tmp_path / "cut" / begun).exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0 and "go on with the same command and --resume" in output
+    assert contents(tmp_path / "cut").keys() < contents(tmp_path / "whole").keys()
+    run(script, *flags, "--resume", "--out", tmp_path / "cut")
+    assert same(contents(tmp_path / "whole"), contents(tmp_path / "cut"))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny, tmp_path):
+    flags = ["--dataset", "colored_mnist", *tiny, "--log-every", 1]
+    run("train_cgn.py", *flags, "--out", tmp_path / "run")                                   # saves at 3 and 6
+    whole = contents(tmp_path / "run")
+    newest, before = tmp_path / "run" / "checkpoint.pt", tmp_path / "run" / "checkpoint_before.pt"
+    assert load(before)["step"] == 3
+    raw = bytearray(newest.read_bytes())
+    raw[len(raw) // 2] ^= 1                                                                  # one bit of one weight
+    newest.write_bytes(raw)
+    done = run("train_cgn.py", *flags, "--resume", "--out", tmp_path / "run")
+    assert "checkpoint.pt: its checksums are wrong; going back to the one before" in done.stderr
+    assert same(whole, contents(tmp_path / "run"))
+    for path in (newest, before):
+        path.write_bytes(path.read_bytes()[:-100])
+    done = run("train_cgn.py", *flags, "--resume", "--out", tmp_path / "run", expect=2)
+    assert "no checkpoint in" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_damaged_chunk_is_made_again(generator, tmp_path):
+    flags = ["--weights", generator, "--n", 2_010, "--device", "cpu", "--out", tmp_path / "set"]
+    run("generate.py", *flags)
+    whole, path = contents(tmp_path / "set"), tmp_path / "set" / "chunk_00001.pt"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 16
+    path.write_bytes(raw)
+    assert "chunk_00001.pt is damaged; made again" in run("generate.py", *flags, "--resume").stderr
+    assert same(whole, contents(tmp_path / "set"))
+
+
+def test_a_second_process_in_the_folder_is_refused(tiny, tmp_path):
+    run("train_cgn.py", "--dataset", "colored_mnist", *tiny, "--max-steps", 1, "--out", tmp_path / "run")
+    claim_folder(tmp_path / "run", "train_cgn.py", True)                                     # this process holds it now
+    done = run("train_cgn.py", "--dataset", "colored_mnist", *tiny, "--resume", "--out", tmp_path / "run", expect=2)
+    assert "another process is at work in this folder" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A full disk, stood in for by a limit on the size of a file
+
+
+@pytest.mark.parametrize("limit", [10_000, 3_000_000])                                       # in weights.pt; later
+def test_full_disk_while_training(tiny, tmp_path, limit):
+    flags = ["--dataset", "colored_mnist", *tiny, "--log-every", 1]
+    run("train_cgn.py", *flags, "--out", tmp_path / "whole")
+    run("train_cgn.py", *flags, "--max-steps", 3, "--out", tmp_path / "full")
+    before = contents(tmp_path / "full")
+    done = run("train_cgn.py", *flags, "--resume", "--out", tmp_path / "full", expect=2, bytes_per_file=limit)
+    assert done.stderr.startswith("error: cannot write ") and "free some space" in done.stderr
+    assert same(before["checkpoint.pt"], contents(tmp_path / "full")["checkpoint.pt"])
+    run("train_cgn.py", *flags, "--resume", "--out", tmp_path / "full")
+    assert same(contents(tmp_path / "whole"), contents(tmp_path / "full"))
+
+
+def test_full_disk_while_generating_and_classifying(generator, digits_dir, tmp_path):
+    for name, script, flags, limit in (
+            ("set", "generate.py", ["--weights", generator, "--n", 4_000], 1_000_000),
+            ("run", "train_classifier.py", ["--dataset", "colored_mnist", "--data-dir", digits_dir, "--epochs", 1], 50_000)):
+        flags = [*flags, "--device", "cpu", "--out", tmp_path / name]
+        done = run(script, *flags, expect=2, bytes_per_file=limit)
+        assert "error: cannot write " in done.stderr and "Traceback" not in done.stderr
+        assert not list((tmp_path / name).rglob("*.tmp")) and not list((tmp_path / name).rglob("*.pt"))
+        run(script, *flags, "--resume")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers gone wrong
+
+
+@pytest.mark.parametrize("make", [lambda p: torch.optim.Adam(p, 0.1, fused=True), lambda p: torch.optim.Adadelta(p),
+                                  lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, fused=True)])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_that_is_not_finite_changes_nothing(make, first):
+    weight, twin = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    optimizer, other = make([weight]), make([twin])
+
+    def step(optimizer, weight, gradient, loss=1.0):
+        weight.grad = torch.tensor(gradient)
+        return finite_step(optimizer, torch.tensor(loss)).item()
+
+    bad = ([1.0, float("nan"), 1.0], 1.0), ([1.0, float("inf"), 1.0], 1.0), ([1.0] * 3, float("inf"))
+    good = [[1.0, 2.0, 3.0], [0.5, -1.0, 0.0]]
+    for gradient in good[first:] if not first else []:
+        assert step(optimizer, weight, gradient) == step(other, twin, gradient) == 0
+    assert [step(optimizer, weight, *values) for values in bad] == [1, 1, 1]
+    for gradient in good:
+        assert step(optimizer, weight, gradient) == step(other, twin, gradient) == 0
+    assert torch.equal(weight, twin) and same(optimizer.state_dict()["state"], other.state_dict()["state"])
+
+
+def test_statistics_that_became_nan_start_anew():
+    network = torch.nn.Sequential(torch.nn.BatchNorm2d(2), torch.nn.BatchNorm2d(2))
+    network[0](torch.full((2, 2, 3, 3), float("nan")))
+    network[1](torch.randn(2, 2, 3, 3))
+    kept = network[1].running_var.clone()
+    mend_statistics(network)
+    assert network[0].running_mean.eq(0).all() and network[0].running_var.eq(1).all()
+    assert torch.equal(network[1].running_var, kept)
+
+
+def test_training_leaves_out_a_bad_step_and_gives_up_after_many(tiny, tmp_path, monkeypatch, capsys):
+    losses = train_cgn.generator_losses
+    for name, bad in (("once", [3]), ("often", [3, 4, 5])):
+        calls = iter(range(1, 100))
+
+        def poisoned(*args):
+            found, composite, mask = losses(*args)
+            factor = float("nan") if next(calls) in bad else 1.0
+            return {key: factor * value for key, value in found.items()}, factor * composite, mask
+
+        monkeypatch.setattr(train_cgn, "generator_losses", poisoned)
+        monkeypatch.setattr(sys, "argv", ["train_cgn.py", "--dataset", "colored_mnist", *map(str, tiny), "--bad-steps", "3",
+                                          "--log-every", "1", "--save-every", "1", "--out", str(tmp_path / name)])
+        if name == "often":
+            with pytest.raises(UserError, match="3 steps in a row up to 5 .*nan.*last checkpoint is kept"):
+                train_cgn.main()
+        else:
+            train_cgn.main()
+        lines = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "left_out" in line] == bad
+        assert "step 3 left out" in capsys.readouterr().err
+        checkpoint = load(tmp_path / name / "checkpoint.pt")
+        assert checkpoint["step"] == (6 if name == "once" else 4)
+        assert all(value.isfinite().all() for part in ("generator", "average", "discriminator")
+                   for value in checkpoint[part].values())
+
+
+def test_rates_that_are_far_too_large_end_in_one_line(tiny, digits_dir, tmp_path):
+    done = run("train_cgn.py", "--dataset", "colored_mnist", *tiny, "--lr", 1e30, "--norm-lr", 1e30, "--max-steps", 60,
+               "--out", tmp_path / "a", expect=2)
+    assert "20 steps in a row" in done.stderr and "Traceback" not in done.stderr
+    done = run("train_classifier.py", "--dataset", "colored_mnist", "--data-dir", digits_dir, "--lr", 1e38, "--epochs", 4,
+               "--amp", "off", "--device", "cpu", "--out", tmp_path / "b", expect=2)
+    assert "20 steps in a row" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_collapsed_mask_is_told_once_per_interval(tiny, tmp_path, monkeypatch, capsys):
+    losses = train_cgn.generator_losses
+    monkeypatch.setattr(train_cgn, "generator_losses", lambda *args: (*losses(*args)[:2], torch.tensor(0.99)))
+    monkeypatch.setattr(sys, "argv", ["train_cgn.py", "--dataset", "colored_mnist", *map(str, tiny), "--out", str(tmp_path / "a")])
+    train_cgn.main()
+    assert capsys.readouterr().err.count("mean mask is 0.990: it has collapsed") == 3          # 6 steps, --log-every 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files from strangers
+
+
+def outcome(read, *args):
+    """What reading gives, or None for a UserError of one line. Anything else fails the test."""
+    try:
+        return read(*args)
+    except UserError as error:
+        assert "\n" not in str(error)
+        return None
+
+
+@pytest.mark.parametrize("count", [50, pytest.param(2_000, marks=SOAK)])
+def test_truncated_and_flipped_weights(generator, tmp_path, count):
+    raw, random_place = generator.read_bytes(), random.Random(0)
+    read = 0
+    for number in range(count):
+        place = random_place.randrange(len(raw))
+        for kind in ("cut", "flip"):
+            changed = raw[:place] if kind == "cut" else raw[:place] + bytes([raw[place] ^ 1 << number % 8]) + raw[place + 1:]
+            (tmp_path / "checkpoint.pt").write_bytes(changed)
+            loaded = outcome(train_cgn.load_generator, tmp_path / "checkpoint.pt")
+            assert kind == "flip" or loaded is None
+            read += loaded is not None
+            found = outcome(find_checkpoint, tmp_path)                                       # checksums are compared
+            assert found is None or same(found[1], load(generator))
+    assert read > count // 4                               # weights.pt of strangers: most flips change a weight a little
+
+
+def test_files_that_would_run_code_or_fill_the_memory(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"generator": Attack(), "average": Attack()}, tmp_path / "code.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Attack()))
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:        # 2 GB in 2 MB
+        with archive.open("archive/data.pkl", "w", force_zip64=True) as part:
+            for _ in range(2_000):
+                part.write(bytes(1_000_000))
+    torch.save({"average": torch.zeros(1).expand(10 ** 15)}, tmp_path / "expanded.pt")       # 4 bytes for 4 PB
+    # The old format, which promises a storage of 4 PB and ends.
+    torch.save({"x": torch.zeros(3)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    raw = (tmp_path / "old.pt").read_bytes()
+    assert raw.count(b"K\x03") >= 1
+    (tmp_path / "old.pt").write_bytes(raw.replace(b"cpuq\x07K\x03", b"cpuq\x07\x8a\x07" + (10 ** 15).to_bytes(7, "little")))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name in ("code.pt", "plain.pt", "bomb.pt", "expanded.pt", "old.pt"):
+        assert outcome(train_cgn.load_generator, tmp_path / name) is None, name
+    assert not (tmp_path / "ran").exists()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000             # kilobytes
+
+
+ODD_IMAGES = {
+    "half.jpg": None, "empty.jpg": None, "text.jpg": None, "folder.jpg": None, "link.jpg": None, "bomb.png": None,
+    "bomb.jpg": None, "animation.webp": None, "bmp.jpg": None, "png.jpg": True, "cmyk.jpg": True, "sixteen.png": True,
+    "palette.png": True, "animation.gif": True, "one.jpg": True, "alpha.png": True, "grey.jpg": True}
+
+
+def write_odd_images(folder):
+    noise = Image.effect_noise((60, 40), 80).convert("RGB")
+    noise.save(folder / "png.png")
+    noise.save(folder / "whole.jpg")
+    (folder / "png.png").rename(folder / "png.jpg")
+    (folder / "half.jpg").write_bytes((folder / "whole.jpg").read_bytes()[:700])
+    (folder / "empty.jpg").touch()
+    (folder / "text.jpg").write_text("hello\n")
+    (folder / "folder.jpg").mkdir()
+    (folder / "link.jpg").symlink_to(folder / "nowhere")
+    for name, mode in (("bomb.png", "1"), ("bomb.jpg", "L")):
+        Image.new(mode, (20_000, 20_000)).save(folder / name)
+    for name in ("animation.gif", "animation.webp"):
+        noise.save(folder / name, save_all=True, append_images=[noise.rotate(90)] * 2)
+    noise.save(folder / "bmp.jpg", "BMP")
+    noise.convert("CMYK").save(folder / "cmyk.jpg")
+    Image.new("I;16", (40, 30), 0x8080).save(folder / "sixteen.png")
+    noise.convert("P").save(folder / "palette.png")
+    Image.new("RGB", (1, 1)).save(folder / "one.jpg")
+    noise.convert("RGBA").save(folder / "alpha.png")
+    noise.convert("L").save(folder / "grey.jpg")
+
+
+def test_odd_images(tmp_path):
+    """As classes of ImageNet: decoded, or left out as damaged. As textures of wildlife MNIST: read, or one line."""
+    write_odd_images(tmp_path)
+    for name, good in ODD_IMAGES.items():
+        image = Images([tmp_path / name], torch.zeros(1), transform(True, 32))[0][0]
+        assert (image is not None) == bool(good), name
+        assert image is None or (image.shape, image.dtype) == ((3, 32, 32), torch.uint8), name
+        for kind in ("object", "background"):
+            folder = tmp_path / f"textures of {name}" / kind
+            folder.mkdir(parents=True)
+            for number in range(10):
+                (folder / f"{number}{(tmp_path / name).suffix}").symlink_to(tmp_path / name)
+        textures = outcome(load_textures, tmp_path / f"textures of {name}", None)
+        assert textures is None or textures[0].shape == (10, 3, 150, 150)
+        assert textures is not None or not good or name.endswith(".gif"), name
+
+
+def test_odd_tables_of_counterfactuals(tmp_path):
+    columns = "file,shape,texture,background"
+
+    def read(rows, table=columns, newline="\n", mark=b""):
+        folder = tmp_path / "set"
+        (folder / "counterfactual").mkdir(parents=True, exist_ok=True)
+        for number in range(2):
+            Image.new("RGB", (8, 8)).save(folder / "counterfactual" / f"{number}.jpg")
+        (folder / "labels.csv").write_bytes(mark + newline.join([table, *rows, ""]).encode())
+        return outcome(counterfactual_images, [folder])
+
+    good = ["counterfactual/0.jpg,1,2,3", "counterfactual/1.jpg,4,5,6"]
+    for odd in ({}, {"newline": "\r\n"}, {"mark": b"\xef\xbb\xbf"}, {"table": columns + ",note"}):
+        assert read(good, **odd)[1].tolist() == [[1, 2, 3], [4, 5, 6]], odd
+    for bad in ([], good[:1], [*good, good[0]], [good[0], "counterfactual/1.jpg,4,5"], [good[0], "counterfactual/1.jpg,4,5,x"],
+                [good[0], "counterfactual/1.jpg,4,5,1000"], [good[0], "counterfactual/1.jpg,4,5,-1"],
+                [good[0], "../set/counterfactual/1.jpg,4,5,6"], [good[0], "/etc/hostname,4,5,6"], [good[0], "\0,4,5,6"],
+                [good[0], "counterfactual/1.jpg," + "9" * 5_000 + ",5,6"], [good[0], '"counterfactual/1.jpg,4,5,6']):
+        assert read(bad) is None, bad
+    assert read(good, table="file,shape,texture") is None and read(good, mark=b"\xff\xfe") is None
+
+
+@SOAK
+def test_a_table_of_ten_million_rows(tmp_path):
+    """One line tells that files are missing; a minute and a few gigabytes are not too much to ask."""
+    (tmp_path / "set" / "counterfactual").mkdir(parents=True)
+    with open(tmp_path / "set" / "labels.csv", "w") as file:
+        file.write("file,shape,texture,background\n")
+        file.writelines(f"counterfactual/{number:07d}.jpg,1,2,3\n" for number in range(10 ** 7))
+    with pytest.raises(UserError, match="9999999 more: a row without its file"):
+        counterfactual_images([tmp_path / "set"])
+
+
+def test_a_log_with_a_damaged_line(tmp_path):
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "x": \xff}\n[3]\n{"step": 9}\n{"st')
+    Log(tmp_path / "log.jsonl", 5).write(6, x=1.0)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 6, "x": 1.0}\n'

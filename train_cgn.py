@@ -409,10 +409,14 @@ def frame_loss(background, x_gt):
     return (real.mean(2) - fake.mean(2)).square().mean() + (spread[0] - spread[1]).square().mean()
 
 
-def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, warmup):
-    """Weighted losses by name, the composite, and the mean mask value. In warm-up, only what settles the background."""
+def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, step):
+    """Weighted losses by name, the composite, and the mean mask value. In warm-up, only what settles the background.
+
+    The style loss, which takes most of the time, counts --style-every times as much in one of so many steps.
+    """
     mask, foreground, background = mechanisms
-    style, losses = vgg is not None and not warmup, {}
+    warmup = step < args.warmup
+    style, losses = vgg is not None and not warmup and step % args.style_every == 0, {}
     copy_dtype = vgg.convolutions[0].weight.dtype if style else None       # the composite as VGG wants it
     composed, copy = composite_losses_and_copy(mask, foreground, background, copy_dtype=copy_dtype,
                                                backend=args.kernels)
@@ -421,7 +425,7 @@ def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, warmup):
         losses["adversarial"] = F.mse_loss(realness, torch.ones_like(realness))
         losses["binary"] = args.binary_weight * composed.binary
     if style:
-        losses["style"] = perceptual_loss(vgg, copy, x_gt, args.style_weights, args.kernels)
+        losses["style"] = args.style_every * perceptual_loss(vgg, copy, x_gt, args.style_weights, args.kernels)
     if args.border_weight:
         losses["border"] = args.border_weight * border_loss(mask)
     if args.frame_weight:
@@ -645,7 +649,7 @@ def prepare_mnist(args, device, bf16):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             mask, *textures = cgn(z, y_gen)
         textures = [shuffle_patches(texture, offset) for texture, offset in zip(textures, offsets)]
-        losses, x_gen, mask_mean = generator_losses(args, vgg, discriminator, (mask, *textures), x_gt, y_gen, warmup)
+        losses, x_gen, mask_mean = generator_losses(args, vgg, discriminator, (mask, *textures), x_gt, y_gen, step)
         optimizers[0].zero_grad(set_to_none=True)
         total = sum(losses.values())
         total.backward()
@@ -784,6 +788,8 @@ def parse_args(argv=None):
     loss.add_argument("--binary-weight", type=non_negative_float, default=0.1, help="mask entropy, in bits")
     loss.add_argument("--style-weights", type=non_negative_float, nargs=4, default=[0.05, 0.1, 0.0, 0.0],
                       metavar="W", help="style loss at relu1_2, relu2_2, relu3_3, relu4_3 of VGG-16")
+    loss.add_argument("--style-every", type=positive_int, default=1, metavar="N",
+                      help="compute it in every Nth step only, and count it N times as much")
     loss.add_argument("--border-weight", type=non_negative_float, default=5.0,
                       help="mean mask in the outer 3 pixels; 0 as published")
     loss.add_argument("--frame-weight", type=non_negative_float, default=10.0,

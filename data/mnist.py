@@ -42,11 +42,16 @@ VARIANTS = {
 # Digits and textures
 
 
+LARGEST = 10 ** 8                                          # bytes of a file of digits; MNIST's have 47 million
+
+
 def read_idx(path):
     """One IDX file of MNIST, gzipped or not: uint8 images (n, 28, 28) or labels (n,). UserError if it is damaged."""
     try:
-        raw = path.read_bytes()
-        raw = gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else open(path, "rb") as file:
+            raw = file.read(LARGEST + 1)                   # a small file may unpack to any size
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read ({error}); delete it and fetch it again") from None
     dimensions = raw[3] if len(raw) > 3 and raw[:3] == b"\x00\x00\x08" else 0

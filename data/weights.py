@@ -115,7 +115,7 @@ def download(url, entry, part):
                 break
             reason = f"connection cut after {have} of {size} bytes"
         except urllib.error.HTTPError as error:
-            reason = f"HTTP {error.code} {error.reason}"
+            reason = f"HTTP {error.code} {' '.join(str(error.reason).split())}"
             if error.code < 500 and error.code != 429:             # all but "busy" will be the same a second later
                 raise ValueError(reason) from None
         except (OSError, http.client.HTTPException) as error:      # refused, reset, timed out, cut, no such host

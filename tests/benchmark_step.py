@@ -77,7 +77,7 @@ def make_step(level):
         with torch.autocast("cpu", torch.bfloat16, enabled=level >= 7):
             mask, *textures = cgn(z, y)
         textures = [train_cgn.shuffle_patches(t, o) for t, o in zip(textures, offsets)]
-        losses, x_gen, _ = train_cgn.generator_losses(args, None, discriminator, (mask, *textures), x_gt, y, False)
+        losses, x_gen, _ = train_cgn.generator_losses(args, None, discriminator, (mask, *textures), x_gt, y, args.warmup)
         real = x_gt if level >= 1 else x_gt.clone().requires_grad_()
         optimizers[0].zero_grad()
         (sum(losses.values()) + style(x_gen, real)).backward()

@@ -98,11 +98,11 @@ def damaged(raw, kind):
     return {"truncated": raw[:-5], "longer": raw + b"0", "empty": b"", "magic": b"\x00\x00\x0d" + raw[3:],
             "dimensions": raw[:3] + b"\x02" + raw[4:], "count": raw[:4] + b"\xff\xff\xff\xff" + raw[8:],
             "size": raw[:8] + b"\x00\x00\x00\x1d" + raw[12:], "html": b"<html>not found</html>",
-            "cut gzip": gzip.compress(raw)[:-20], "bad gzip": gzip.compress(raw)[:30] + b"x" * 40}[kind]
+            "bomb": gzip.compress(raw + bytes(2 * 10 ** 8), 1), "cut gzip": gzip.compress(raw)[:-20], "bad gzip": gzip.compress(raw)[:30] + b"x" * 40}[kind]
 
 
 @pytest.mark.parametrize("kind", ["truncated", "longer", "empty", "magic", "dimensions", "count", "size", "html",
-                                  "cut gzip", "bad gzip"])
+                                  "bomb", "cut gzip", "bad gzip"])
 def test_a_damaged_idx_file_is_named(tmp_path, kind):
     images, labels = synthetic_digits(12, seed=0)
     write_idx(tmp_path / "train-images-idx3-ubyte", images)

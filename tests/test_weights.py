@@ -13,6 +13,7 @@ import random
 import re
 import socket
 import threading
+import time
 import types
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
@@ -21,6 +22,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from conftest import processes
 from data import weights
 from data.runs import UserError
 
@@ -45,8 +47,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         earlier = sum(other["kind"] == kind for other in self.server.log) - 1
         body, code, headers = BODY[start:], 206 if asked else 200, {}
         headers["Content-Range"] = f"bytes {start}-{len(BODY) - 1}/{len(BODY)}"
-        if kind == "missing":
-            code, body = 404, b"no such file"
+        if kind in ("missing", "denied", "broken"):
+            code, body = {"missing": 404, "denied": 403, "broken": 500}[kind], b"no such file"
         elif kind == "busy" and not earlier or kind == "always-busy":
             code, body = 503, b"busy"
         elif kind == "no-ranges" or kind == "no-ranges-cut":
@@ -70,6 +72,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 action = f"{urlsplit(self.path).path}?uuid=1&amp;export=download"
                 code, body = 200, (f'<form action="{action}" method="get" id="download-form"><input type="hidden" '
                                    f'value="7" name="id"><input type=hidden name=confirm value="t"></form>').encode()
+        elif kind == "loop":
+            code, body, headers["Location"] = 302, b"", self.path
         elif kind.startswith("to:"):
             code, body, headers["Location"] = 302, b"", kind.removeprefix("to:")
         self.send_response(code)
@@ -81,9 +85,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if name != "Content-Range" or code in (206, 416):
                 self.send_header(name, value)
         self.end_headers()
-        if kind in ("cut", "no-ranges-cut") and not earlier or kind == "always-cut":
+        if kind in ("cut", "no-ranges-cut", "stalls") and not earlier or kind == "always-cut":
             body = body[:len(body) // 3]
-        self.wfile.write(body)
+        for piece in range(10 if kind == "slow" else 1):
+            self.wfile.write(body[piece * len(body) // 10:(piece + 1) * len(body) // 10] if kind == "slow" else body)
+            if kind == "slow":
+                time.sleep(0.1)
+        if kind == "stalls" and not earlier:
+            time.sleep(2)
         entry["sent"] = len(body) if code in (200, 206) else 0
 
     def log_message(self, *args):
@@ -186,6 +195,35 @@ def test_a_busy_server_is_asked_again(server, tmp_path):
     assert len(server.log) == 2
 
 
+@pytest.mark.parametrize("kind, requests", [("denied", 1), ("missing", 1), ("broken", weights.ATTEMPTS)])
+def test_errors_of_the_server(server, tmp_path, kind, requests):
+    code = {"denied": "403", "missing": "404", "broken": "500"}[kind]
+    assert f"HTTP {code}" in failure(tmp_path, server.url(kind)) and len(server.log) == requests
+
+
+def test_a_stalled_connection_is_continued(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "TIMEOUT", 0.3)
+    assert complete(tmp_path, get(tmp_path, server.url("stalls")))
+    assert server.log[1]["range"] == f"bytes={len(BODY) // 3}-"
+
+
+def fetch(entry, folder):
+    weights.FILES["tiny"] = entry
+    os.environ["no_proxy"] = "127.0.0.1"
+    weights.find_or_download("tiny", folder)
+
+
+def test_two_processes_fetch_one_file_once(server, tmp_path):
+    entry = weights.FILES["tiny"] | {"sources": [server.url("slow")]}
+    both = [processes.Process(target=fetch, args=(entry, tmp_path)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(60)
+    assert [process.exitcode for process in both] == [0, 0]
+    assert complete(tmp_path, tmp_path / "tiny.pth") and len(server.log) == 1
+
+
 def test_retries_wait_longer_and_longer_and_end(server, tmp_path, monkeypatch):
     waits = []
     monkeypatch.setattr(weights, "BACKOFF", 0.5)
@@ -207,13 +245,13 @@ def test_what_came_before_giving_up_is_kept_for_the_next_time(server, tmp_path):
 @pytest.mark.parametrize("kind", ["corrupt", "longer"])
 def test_wrong_bytes_are_deleted(server, tmp_path, kind):
     assert "wrong size or SHA-256" in failure(tmp_path, server.url(kind))
-    assert os.listdir(tmp_path) == [] and len(server.log) == 1
+    assert os.listdir(tmp_path) == [LOCK] and len(server.log) == 1
 
 
 @pytest.mark.parametrize("kind", ["page", "page-as-binary", "page-of-right-size"])
 def test_a_web_page_is_refused_and_never_kept(server, tmp_path, kind):
     assert "a web page came instead" in failure(tmp_path, server.url(kind))
-    assert os.listdir(tmp_path) == [] and len(server.log) == 1
+    assert os.listdir(tmp_path) == [LOCK] and len(server.log) == 1
 
 
 def test_google_drive_is_sent_its_form(server, tmp_path):
@@ -262,7 +300,7 @@ def test_a_web_page_does_not_cost_the_partial_download(server, tmp_path):
 def test_a_file_of_another_size_is_refused_before_it_is_fetched(server, tmp_path, monkeypatch):
     monkeypatch.setitem(weights.FILES["tiny"], "size", len(BODY) + 1)
     assert f"has {len(BODY)} bytes instead of {len(BODY) + 1}" in failure(tmp_path, server.url("good"))
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(tmp_path) == [LOCK]
 
 
 def test_the_final_error_names_file_sources_folder_and_the_way_on(server, tmp_path):
@@ -299,6 +337,7 @@ def test_redirects(server, tmp_path):
     with pytest.raises(ValueError):                    # nor may a server elsewhere send us to one on this machine
         weights.check_url(server.url("good"), origin="https://example.com/tiny.pth")
     weights.check_url("https://example.org/f", origin="https://example.com/f")
+    assert "HTTP 302" in failure(tmp_path, server.url("loop"))
     (tmp_path / "tiny.pth.part").write_bytes(BODY[:7])
     assert complete(tmp_path, get(tmp_path, server.url("to:" + server.url("good"))))
     assert server.log[-1] == {"kind": "good", "range": "bytes=7-", "sent": len(BODY) - 7}

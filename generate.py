@@ -30,9 +30,9 @@ from PIL import Image
 
 from data.mnist import SIZE
 from data.runs import (DOWNLOADS, ROOT, StopSignal, UserError, append_text, claim_folder, describe_run, file_sha256,
-                       intact_archive, join_ranks, load_tensors, non_negative_int, pick_bf16, pick_device, positive_int, rank_and_ranks,
-                       run_main, save_png, save_tensors, tile_sheet, truncation, wait_for_ranks, write_atomically,
-                       write_json)
+                       intact_archive, join_ranks, load_tensors, non_negative_int, pick_bf16, pick_device, positive_int,
+                       rank_and_ranks, refuse_group, run_main, save_png, save_tensors, tile_sheet, truncation,
+                       wait_for_ranks, write_atomically, write_json)
 from data.weights import find_file, find_or_download
 from train_cgn import (CLASSES, LATENT, fold, load_generator, load_imagenet_generator, sample_sheet, shuffle_patches,
                        truncated_normal)
@@ -456,6 +456,8 @@ def parse_args(argv=None):
     net.add_argument("--frames", type=positive_int, default=9, help="of each leg of --interpolate")
     net.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto", help="bf16 arithmetic")
     args = parser.parse_args(argv)
+    if args.dataset != "imagenet":
+        refuse_group(parser, net, args)
     if args.factual:
         args.per_shape = 1
     if args.dataset == "imagenet" and args.batch_size == parser.get_default("batch_size"):

@@ -27,7 +27,7 @@ from data.frozen import STYLE_CONVOLUTIONS, ConvNormReLU, U2Net, VGG16Features, 
 from data.mnist import SIZE, VARIANTS, load_variant, to_float
 from data.runs import (DOWNLOADS, ROOT, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction,
                        join_ranks, load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16,
-                       pick_device, positive_int, rank_and_ranks, run_main, save_png, tile_sheet, truncation)
+                       pick_device, positive_int, rank_and_ranks, refuse_group, run_main, save_png, tile_sheet, truncation)
 from data.weights import bare_names, check_state_dict, load_network, load_vgg16_features, random_vgg16_features
 from kernels import (UpsampleConv2d, composite_losses_and_copy, normalize_weight, power_iteration, sample_patch_images,
                      spectral, style_loss, use_triton)
@@ -813,7 +813,7 @@ def parse_args(argv=None):
 
     net = parser.add_argument_group("ImageNet")
     net.add_argument("--preset", choices=["full", "small"], default="full", help="256 x 256 with published weights, or "
-                     "64 x 64 with few channels and a random cGAN: minutes on a CPU")
+                     "64 x 64 with few channels and a cGAN of drawn scenes: minutes on a CPU")
     net.add_argument("--biggan", type=Path, help="BigGAN-deep-256's file, if not in --weights-dir")
     net.add_argument("--u2net", type=Path, help="U^2-Net's file, if not in --weights-dir")
     net.add_argument("--truncation", type=truncation, default=1.0, help="of the latents and their statistics, (0, 1]")
@@ -852,7 +852,10 @@ def parse_args(argv=None):
     parser.set_defaults(**PRESETS.get(known.dataset, {}))
     if (known.dataset, known.preset) == ("imagenet", "small"):
         parser.set_defaults(**PRESETS["imagenet small"])
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.dataset != "imagenet":
+        refuse_group(parser, net, args)
+    return args
 
 
 def main():

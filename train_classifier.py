@@ -27,7 +27,7 @@ from data.mnist import VARIANTS, load_variant, to_float
 from data.robustness import ANSWERS, HEADS, evaluate, load_tests, write_table
 from data.runs import (DOWNLOADS, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction, join_ranks,
                        load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16, pick_device,
-                       plain, positive_int, rank_and_ranks, run_main, save_tensors, write_json)
+                       plain, positive_int, rank_and_ranks, refuse_group, run_main, save_tensors, write_json)
 from data.weights import add_torchvision_file, check_state_dict, load_network
 from train_cgn import update_average
 
@@ -455,7 +455,8 @@ def parse_args(argv=None):
     steps.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
     steps.add_argument("--max-steps", type=positive_int, help="steps in each epoch at most, for a short trial")
     steps.add_argument("--batch-size", type=positive_int, default=64, help="images per step")
-    steps.add_argument("--lr", type=non_negative_float, default=1.0, help="learning rate of Adadelta, or SGD, in the first epoch")
+    steps.add_argument("--lr", type=non_negative_float, default=1.0,
+                       help="learning rate in the first epoch: of Adadelta, for ImageNet of SGD")
     steps.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto",
                        help="bf16 arithmetic in training; tests are in float32; auto: where the hardware multiplies it")
 
@@ -510,9 +511,7 @@ def parse_args(argv=None):
     if imagenet:                                                           # the published settings
         parser.set_defaults(epochs=45, batch_size=256, lr=0.001)
     args = parser.parse_args(argv)
-    for action in (digits if imagenet else net)._group_actions:
-        if getattr(args, action.dest) != parser.get_default(action.dest):
-            parser.error(f"{action.option_strings[0]} has no meaning for --dataset {args.dataset}")
+    refuse_group(parser, digits if imagenet else net, args)
     if args.evaluate and not args.weights:
         parser.error("--evaluate needs --weights, a classifier's weights.pt")
     return args

@@ -69,7 +69,8 @@ def explain_digits(classifier, images, digits, labels, count, path):
     """A sheet of the first `count` images, and numbers over all of them.
 
     images: uint8 (n, 3, 32, 32). digits: their shapes, uint8 (n, 1, 32, 32); a pixel belongs to the digit above a tenth
-    of the maximum. Returns the mean intersection over union of heat map and digit in percent, and, to compare, of the whole image.
+    of the maximum. Returns the mean intersection over union of heat map and digit in percent, and, to compare, of the
+    whole image.
     """
     masks = digits[:, 0] > 0.1 * digits.max()
     found = [heat_maps(classifier, to_float(part), lambda x: classifier.cls(classifier.model(x).flatten(1)))
@@ -84,8 +85,9 @@ def explain_digits(classifier, images, digits, labels, count, path):
 
 
 def explain_imagenet(ensemble, tests, args, device, path):
-    """A sheet of --explain images, half of them counterfactuals if there are any, with the heat maps of the three heads."""
-    names, rows, titles = [name for name, (kind, _) in tests.items() if kind in ("counterfactual", "val", "ood")][:2], [], []
+    """A sheet of --explain images, half of them counterfactuals if there are any, with heat maps of the three heads."""
+    names = [name for name, (kind, _) in tests.items() if kind in ("counterfactual", "val", "ood")][:2]
+    rows, titles = [], []
     for number, name in enumerate(names):
         paths, labels = tests[name][1]
         wanted = min(len(paths), (args.explain + number) // len(names))

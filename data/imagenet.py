@@ -183,7 +183,7 @@ def declared_pixels(data):
 
 
 def decode(data, device="cpu"):
-    """Bytes of image files (uint8 tensors) -> uint8 (3, H, W) each on `device`, None where damaged. Together if it can be."""
+    """Bytes of image files (uint8 tensors) -> uint8 (3, H, W) each on `device`, None where damaged. Together if possible."""
     try:
         return decode_jpeg(data, ImageReadMode.RGB, device=device)
     except RuntimeError:
@@ -225,7 +225,7 @@ class Images(torch.utils.data.Dataset):
         if image is None:
             return None
         state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed((self.seed * 1_000_003 + self.epoch) * 10_000_019 + number)
+        torch.default_generator.manual_seed(((self.seed * 1_000_003 + self.epoch) * 10_000_019 + number) % 2 ** 63)
         image = self.change(image)
         torch.default_generator.set_state(state)
         return image

@@ -42,6 +42,12 @@ def run_main(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:           # torch has a class of its own for GPUs alone
+        if not isinstance(error, MemoryError) and "memory" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no memory left"
+        print(f"error: out of memory ({reason}); try a smaller --batch-size", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
@@ -51,20 +57,17 @@ def run_main(main):
 # Arguments
 
 
-def positive_int(text):
-    """argparse type: an integer of at least 1."""
+def positive_int(text, low=1):
+    """argparse type: an integer of at least 1, and below 2^31."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least 1")
+    if not low <= value < 2 ** 31:
+        raise argparse.ArgumentTypeError(f"{text[:20]} is not a whole number from {low} to {2 ** 31 - 1}")
     return value
 
 
 def non_negative_int(text):
-    """argparse type: an integer of at least 0."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return value
+    """argparse type: an integer of at least 0, and below 2^31."""
+    return positive_int(text, low=0)
 
 
 def finite_float(text, low=float("-inf"), high=float("inf")):
@@ -93,13 +96,20 @@ def truncation(text):
     return value
 
 
+def refuse_group(parser, group, args):
+    """A parser's error if a flag of the argument group was given, though it has no meaning for this --dataset."""
+    for action in group._group_actions:
+        if getattr(args, action.dest) != parser.get_default(action.dest):
+            parser.error(f"{action.option_strings[0]}: has no meaning for --dataset {args.dataset}")
+
+
 def pick_device(name):
     """`auto` is the GPU if there is one, else the CPU. Raises UserError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
     return device
@@ -228,7 +238,8 @@ def tile_sheet(images, column_titles=(), row_titles=(), scale=3, gap=2):
     images = images.expand(rows, columns, 3, height, width).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
     images = images.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
     height, width = height * scale + gap, width * scale + gap
-    left, top = (8 + 7 * max(len(line) for title in row_titles for line in title.split("\n")) if row_titles else gap), (16 if column_titles else gap)
+    longest = max((len(line) for title in row_titles for line in title.split("\n")), default=0)
+    left, top = (8 + 7 * longest if row_titles else gap), (16 if column_titles else gap)
     sheet = torch.full((3, top + rows * height, left + columns * width), 255, dtype=torch.uint8)
     for row in range(rows):
         for column in range(columns):

@@ -95,10 +95,12 @@ def test_plain_files_in_the_folder_itself_are_used_too(tmp_path):
 
 
 def damaged(raw, kind):
-    return {"truncated": raw[:-5], "longer": raw + b"0", "empty": b"", "magic": b"\x00\x00\x0d" + raw[3:],
-            "dimensions": raw[:3] + b"\x02" + raw[4:], "count": raw[:4] + b"\xff\xff\xff\xff" + raw[8:],
-            "size": raw[:8] + b"\x00\x00\x00\x1d" + raw[12:], "html": b"<html>not found</html>",
-            "bomb": gzip.compress(raw + bytes(2 * 10 ** 8), 1), "cut gzip": gzip.compress(raw)[:-20], "bad gzip": gzip.compress(raw)[:30] + b"x" * 40}[kind]
+    return {"truncated": lambda: raw[:-5], "longer": lambda: raw + b"0", "empty": bytes,
+            "magic": lambda: b"\x00\x00\x0d" + raw[3:], "dimensions": lambda: raw[:3] + b"\x02" + raw[4:],
+            "count": lambda: raw[:4] + b"\xff\xff\xff\xff" + raw[8:], "html": lambda: b"<html>not found</html>",
+            "size": lambda: raw[:8] + b"\x00\x00\x00\x1d" + raw[12:], "cut gzip": lambda: gzip.compress(raw)[:-20],
+            "bomb": lambda: gzip.compress(raw + bytes(2 * 10 ** 8), 1),
+            "bad gzip": lambda: gzip.compress(raw)[:30] + b"x" * 40}[kind]()
 
 
 @pytest.mark.parametrize("kind", ["truncated", "longer", "empty", "magic", "dimensions", "count", "size", "html",

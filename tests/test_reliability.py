@@ -403,3 +403,57 @@ def test_a_log_with_a_damaged_line(tmp_path):
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 1}\n{"step": 2, "x": \xff}\n[3]\n{"step": 9}\n{"st')
     Log(tmp_path / "log.jsonl", 5).write(6, x=1.0)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 6, "x": 1.0}\n'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def resident(process):
+    """Megabytes of memory that a process holds."""
+    with open(f"/proc/{process.pid}/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmRSS"))
+
+
+def watch(script, flags, seconds=1.0):
+    """Run a script to its end. Returns the moments and its memory then, (seconds, megabytes), without the first third."""
+    process, begun, seen = start(script, *flags), time.time(), []
+    while process.exitcode is None:
+        try:
+            seen.append((time.time() - begun, resident(process)))
+        except (OSError, StopIteration):                   # it has just ended
+            break
+        process.join(seconds)
+    process.join()
+    assert process.exitcode == 0
+    return torch.tensor(seen[len(seen) // 3:], dtype=torch.float64)
+
+
+@SOAK
+@pytest.mark.parametrize("name", ["training", "imagenet training", "classifier"])
+def test_memory_of_long_runs_is_flat(digits_dir, tiny, tmp_path, name):
+    """2,000 steps, or two minutes of them. The slope of the memory, by least squares, is printed: see it with -s."""
+    script, flags = {
+        "training": ("train_cgn.py", ["--dataset", "colored_mnist", *tiny, "--max-steps", 2_000, "--log-every", 50,
+                                      "--save-every", 100]),
+        "imagenet training": ("train_cgn.py", ["--dataset", "imagenet", "--preset", "small", "--offline", "--batch-size", 1,
+                                               "--max-steps", 300, "--save-every", 50, "--sample-every", 0]),
+        "classifier": ("train_classifier.py", ["--dataset", "wildlife_mnist", "--data-dir", digits_dir, "--epochs", 200]),
+    }[name]
+    seen = watch(script, [*flags, "--device", "cpu", "--out", tmp_path / "run"])
+    moments, memory = seen.unbind(1)
+    centred = moments - moments.mean()
+    slope = (centred * memory).sum() / centred.square().sum()
+    print(f"\n{name}: {memory.mean():.0f} MB, {60 * slope:+.2f} MB a minute over {moments[-1] - moments[0]:.0f} s, "
+          f"last tenth against first {memory[-len(memory) // 10:].mean() - memory[:len(memory) // 10 + 1].mean():+.1f} MB")
+    assert memory[-len(memory) // 10:].mean() - memory[:len(memory) // 10 + 1].mean() < 0.05 * memory.mean()
+
+
+@SOAK
+def test_a_million_counterfactuals_need_no_more_memory_than_ten_thousand(generator, tmp_path):
+    peaks = {}
+    for n in (10_000, 1_000_000):
+        seen = watch("generate.py", ["--weights", generator, "--n", n, "--device", "cpu", "--out", tmp_path / str(n)], 0.2)
+        peaks[n] = seen[:, 1].max().item()
+    print(f"\npeak memory: {peaks[10_000]:.0f} MB for 10,000, {peaks[1_000_000]:.0f} MB for 1,000,000 counterfactuals")
+    assert peaks[1_000_000] < 1.1 * peaks[10_000]

@@ -166,6 +166,24 @@ class ConvDiscriminator(nn.Module):
         return self.model(torch.cat([x, classes], 1)).flatten(1)
 
 
+class ProjectionDiscriminator(nn.Module):
+    """Image and class -> realness, (N, 1): strided convolutions under spectral normalisation; the class enters by a
+    product with the features (Miyato & Koyama 2018). A tenth of ConvDiscriminator's arithmetic."""
+
+    def __init__(self, ndf):
+        super().__init__()
+        widths, layers = (3, ndf, 2 * ndf, 4 * ndf), []
+        for inputs, outputs in zip(widths, widths[1:]):
+            layers += [spectral(nn.Conv2d(inputs, outputs, 4, 2, 1)), nn.LeakyReLU(0.2)]             # 16, 8, 4
+        self.model = nn.Sequential(*layers, nn.Flatten())
+        self.realness, self.classes = (spectral(layer) for layer in (nn.Linear(64 * ndf, 1), nn.Embedding(CLASSES, 64 * ndf)))
+
+    def forward(self, x, y):
+        power_iteration(self)
+        features = self.model(x)
+        return self.realness(features) + (self.classes(y) * features).sum(1, keepdim=True)
+
+
 def initialize(network, init, gain):
     """Weights of convolutions and linear layers by `init`, BatchNorm weights N(1, gain), biases 0."""
     draw = {"normal": lambda w: nn.init.normal_(w, 0.0, gain), "xavier": lambda w: nn.init.xavier_normal_(w, gain),
@@ -422,7 +440,8 @@ def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, step):
                                                backend=args.kernels)
     if not warmup:
         realness = discriminator(composed.composite, y_gen)
-        losses["adversarial"] = F.mse_loss(realness, torch.ones_like(realness))
+        losses["adversarial"] = (F.mse_loss(realness, torch.ones_like(realness)) if args.adversarial == "squares"
+                                 else -realness.mean())
         losses["binary"] = args.binary_weight * composed.binary
     if style:
         losses["style"] = args.style_every * perceptual_loss(vgg, copy, x_gt, args.style_weights, args.kernels)
@@ -452,12 +471,14 @@ def imagenet_losses(args, vgg, outputs, x_gt, generator):
     return losses, composed.mask_mean.detach()
 
 
-def discriminator_loss(discriminator, x_gt, y_gt, x_gen, y_gen):
-    """Least squares (Mao et al. 2017): real images to 1, generated ones to 0."""
-    if isinstance(discriminator, LinearDiscriminator):     # no batch statistics: one pass gives the same, for half
-        real, fake = discriminator(torch.cat([x_gt, x_gen]), torch.cat([y_gt, y_gen])).chunk(2)
-    else:
+def discriminator_loss(discriminator, x_gt, y_gt, x_gen, y_gen, adversarial="squares"):
+    """Least squares (Mao et al. 2017): real images to 1, generated ones to 0. Or hinge: above 1, and below -1."""
+    if isinstance(discriminator, ConvDiscriminator):       # batch statistics of each kind
         real, fake = discriminator(x_gt, y_gt), discriminator(x_gen, y_gen)
+    else:                                                  # one pass gives the same, for half
+        real, fake = discriminator(torch.cat([x_gt, x_gen]), torch.cat([y_gt, y_gen])).chunk(2)
+    if adversarial == "hinge":
+        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
     return (F.mse_loss(real, torch.ones_like(real)) + F.mse_loss(fake, torch.zeros_like(fake))) / 2
 
 
@@ -626,7 +647,8 @@ def prepare_mnist(args, device, bf16):
     average = MnistCGN().requires_grad_(False)
     average.load_state_dict(cgn.state_dict())
     cgn, average = cgn.to(device), average.to(device)
-    discriminator = {"linear": LinearDiscriminator, "conv": ConvDiscriminator}[args.discriminator](args.ndf).to(device)
+    discriminator = {"linear": LinearDiscriminator, "conv": ConvDiscriminator,
+                     "projection": ProjectionDiscriminator}[args.discriminator](args.ndf).to(device)
     optimizers = [torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True) for groups in (
         generator_groups(cgn, args), [{"params": list(discriminator.parameters()), "lr": args.lr}])]
     per_epoch = len(data) // args.batch_size
@@ -657,7 +679,8 @@ def prepare_mnist(args, device, bf16):
 
         if not warmup:
             discriminator.requires_grad_(True)
-            losses["discriminator"] = discriminator_loss(discriminator, x_gt, y_gt, x_gen.detach(), y_gen)
+            losses["discriminator"] = discriminator_loss(discriminator, x_gt, y_gt, x_gen.detach(), y_gen,
+                                                         args.adversarial)
             optimizers[1].zero_grad(set_to_none=True)
             losses["discriminator"].backward()
             bad = bad + finite_step(optimizers[1], losses["discriminator"])
@@ -778,13 +801,14 @@ def parse_args(argv=None):
 
     model = parser.add_argument_group("model")
     model.add_argument("--weights", type=Path, help="start from these generator weights (ours or the published ones)")
-    model.add_argument("--discriminator", choices=["linear", "conv"], default="linear", help="its form")
+    model.add_argument("--discriminator", choices=["linear", "conv", "projection"], default="linear", help="its form")
     model.add_argument("--ndf", type=positive_int, default=512, help="width of the discriminator")
     model.add_argument("--init", choices=["orthogonal", "normal", "xavier", "kaiming"], default="orthogonal",
                        help="how the generator's weights are drawn")
     model.add_argument("--init-gain", type=non_negative_float, default=0.1, help="scale of --init")
 
     loss = parser.add_argument_group("losses (0 leaves one out)")
+    loss.add_argument("--adversarial", choices=["squares", "hinge"], default="squares", help="form of the GAN's loss")
     loss.add_argument("--binary-weight", type=non_negative_float, default=0.1, help="mask entropy, in bits")
     loss.add_argument("--style-weights", type=non_negative_float, nargs=4, default=[0.05, 0.1, 0.0, 0.0],
                       metavar="W", help="style loss at relu1_2, relu2_2, relu3_3, relu4_3 of VGG-16")

@@ -335,7 +335,7 @@ def train_imagenet(args, ensemble, tests, real, counterfactual, out, device):
     model = nn.parallel.DistributedDataParallel(ensemble, broadcast_buffers=False) if ranks > 1 else ensemble
     if args.compile:
         ensemble.compile()
-    log, stop = Log(out / "log.jsonl", step) if rank == 0 else None, StopSignal()
+    log, stop = Log(out / "log.jsonl", step, epoch) if rank == 0 else None, StopSignal()
     last, bad_steps = args.epochs * args.steps, 0
 
     def save(**more):

@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import signal
@@ -322,19 +323,20 @@ def plain(args):
 class Log:
     """JSON lines in `path`, and a progress line on the screen (one that renews itself on a terminal).
 
-    On resuming at `step`, lines of later steps are dropped: they will be written again. Numbers go to TensorBoard, too,
-    into the folder of `path`, if its package is installed.
+    On resuming at `step`, with `epoch` epochs evaluated, later lines are dropped: they will be written again. Numbers go
+    to TensorBoard, too, into the folder of `path`, if its package is installed.
     """
 
-    def __init__(self, path, step=0):
-        def step_of(line):                                 # the last one may be cut
+    def __init__(self, path, step=0, epoch=math.inf):
+        def earlier(line):
             try:
-                return json.loads(line)["step"]
-            except (ValueError, KeyError, TypeError):
-                return step + 1
+                values = json.loads(line)
+                return values["step"] <= step and values.get("epoch", 0) <= epoch
+            except (ValueError, KeyError, TypeError):      # the last one may be cut
+                return False
 
         lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-        kept = [line for line in lines if step_of(line) <= step]
+        kept = [line for line in lines if earlier(line)]
         write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
         self.file = open(path, "a", buffering=1)
         self.start, self.first, self.live = time.time(), step, sys.stdout.isatty()

@@ -2,11 +2,13 @@
 import gzip
 import multiprocessing
 import os
+import random
 import resource
 import runpy
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+SOAK = pytest.mark.soak
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"                   # the Triton kernels run as Python; to be set before import
@@ -110,6 +113,42 @@ def run(script, *flags, expect=0, bytes_per_file=None):
         stdout, stderr = (path.read_text() if path.exists() else "" for path in output)
     assert process.exitcode == expect, f"{process.exitcode}: {script} {flags}\n{stdout[-2000:]}\n{stderr[-3000:]}"
     return types.SimpleNamespace(stdout=stdout, stderr=stderr)
+
+
+def contents(folder):
+    """File name -> tensors, lines or bytes of all that a run wrote; without what names the folder or the moment."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.is_dir() or path.name in ("args.json", ".lock", "checkpoint_before.pt") or path.suffix == ".py":
+            continue
+        found[name] = load(path) if path.suffix == ".pt" else path.read_bytes()
+        if isinstance(found[name], dict):
+            found[name].pop("args", None)
+    return found
+
+
+def kill_and_finish(script, flags, out, kills, seconds):
+    """Start, kill -9 at a random moment and start again, `kills` times; then run to the end. Returns how many hit."""
+    moments, hits = random.Random(kills), 0
+    for _ in range(kills):
+        process = start(script, *flags, "--resume", "auto", "--out", out)
+        process.join(moments.uniform(0.3, 0.3 + 2 * seconds / kills))
+        hits += process.exitcode is None
+        process.kill()
+        process.join()
+    run(script, *flags, "--resume", "auto", "--out", out)
+    assert not list(out.rglob("*.tmp"))
+    return hits
+
+
+def check_kills(script, flags, tmp_path, kills):
+    begun = time.time()
+    run(script, *flags, "--out", tmp_path / "whole")
+    hits = kill_and_finish(script, flags, tmp_path / "killed", kills, time.time() - begun)
+    whole, killed = (contents(tmp_path / name) for name in ("whole", "killed"))
+    assert hits and whole.keys() == killed.keys()
+    assert [name for name in whole if not same(whole[name], killed[name])] == []
 
 
 def torchrun(ranks, script, *flags):

@@ -17,7 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from conftest import ROOT, run, torchrun
+from conftest import ROOT, SOAK, check_kills, run, torchrun
 from data import weights
 from data.explain import heat_maps, intersection_over_union
 from data.imagenet import (Images, batches, counterfactual_images, cue_conflict_images, decode, facts, imagenet9_images,
@@ -410,6 +410,13 @@ def test_sigterm_within_an_epoch_and_resume_give_the_same_bits(miniature, counte
     assert all(torch.equal(whole["ensemble"][key], cut["ensemble"][key]) for key in whole["ensemble"])
     logs = [[json.loads(line) for line in open(tmp_path / name / "log.jsonl")] for name in ("whole", "cut")]
     assert logs[0] == logs[1] and len(logs[0]) == 9 + 3
+
+
+@SOAK
+def test_killed_ensembles_end_the_same(miniature, counterfactuals, tmp_path):
+    flags = [*FLAGS, "--arch", "efficientnet_b0", "--data-dir", miniature / "imagenet", "--counterfactual", counterfactuals,
+             "--epochs", 20, "--log-every", 1]
+    check_kills("train_classifier.py", flags, tmp_path, 20)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,54 +18,17 @@ import torch
 from PIL import Image
 
 import train_cgn
-from conftest import ROOT, load, run, same, start
+from conftest import ROOT, SMALL_IMAGENET, SOAK, check_kills, contents, load, run, same, start
 from data.checkpoints import find_checkpoint, finite_step, mend_statistics
 from data.imagenet import Images, counterfactual_images, transform
 from data.mnist import load_textures
 from data.runs import Log, UserError, claim_folder, save_tensors
 
-SOAK = pytest.mark.soak
 KILLS = [3, pytest.param(20, marks=SOAK)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed at any moment
-
-
-def contents(folder):
-    """File name -> tensors, lines or bytes of all that a run wrote; without what names the folder or the moment."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_dir() or path.name in ("args.json", ".lock", "checkpoint_before.pt") or path.suffix == ".py":
-            continue
-        found[name] = load(path) if path.suffix == ".pt" else path.read_bytes()
-        if isinstance(found[name], dict):
-            found[name].pop("args", None)
-    return found
-
-
-def kill_and_finish(script, flags, out, kills, seconds):
-    """Start, kill -9 at a random moment and start again, `kills` times; then run to the end. Returns how many hit."""
-    moments, hits = random.Random(kills), 0
-    for _ in range(kills):
-        process = start(script, *flags, "--resume", "auto", "--out", out)
-        process.join(moments.uniform(0.3, 0.3 + 2 * seconds / kills))
-        hits += process.exitcode is None
-        process.kill()
-        process.join()
-    run(script, *flags, "--resume", "auto", "--out", out)
-    assert not list(out.rglob("*.tmp"))
-    return hits
-
-
-def check_kills(script, flags, tmp_path, kills):
-    begun = time.time()
-    run(script, *flags, "--out", tmp_path / "whole")
-    hits = kill_and_finish(script, flags, tmp_path / "killed", kills, time.time() - begun)
-    whole, killed = (contents(tmp_path / name) for name in ("whole", "killed"))
-    assert hits and whole.keys() == killed.keys()
-    assert [name for name in whole if not same(whole[name], killed[name])] == []
 
 
 @pytest.mark.parametrize("kills", KILLS)
@@ -95,6 +58,12 @@ def test_killed_classifiers_end_the_same(digits_dir, tmp_path, kills):
     flags = ["--dataset", "double_colored_mnist", "--data-dir", digits_dir, "--device", "cpu", "--seeds", 3, 4, "--epochs",
              2 * kills]
     check_kills("train_classifier.py", flags, tmp_path, kills)
+
+
+@SOAK
+def test_killed_imagenet_trainings_end_the_same(tmp_path):
+    flags = [*SMALL_IMAGENET, "--accumulate", 2, "--steps", 60, "--log-every", 1, "--save-every", 2, "--sample-every", 20]
+    check_kills("train_cgn.py", flags, tmp_path, 20)
 
 
 @SOAK
@@ -405,6 +374,14 @@ def test_a_log_with_a_damaged_line(tmp_path):
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n{"step": 6, "x": 1.0}\n'
 
 
+def test_a_log_of_an_epoch_that_will_be_evaluated_again(tmp_path):
+    for epoch in (1, 2):
+        Log(tmp_path / "log.jsonl", 3, 1).write(3, epoch=epoch)                              # killed before it was saved
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 3, "epoch": 1}\n{"step": 3, "epoch": 2}\n'
+    Log(tmp_path / "log.jsonl", 3, 1)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 3, "epoch": 1}\n'
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Memory
 
@@ -451,9 +428,12 @@ def test_memory_of_long_runs_is_flat(digits_dir, tiny, tmp_path, name):
 
 @SOAK
 def test_a_million_counterfactuals_need_no_more_memory_than_ten_thousand(generator, tmp_path):
-    peaks = {}
+    """The memory goes up and down by a chunk, and its peak is a matter of chance: medians, and the slope of the latter half."""
+    typical = {}
     for n in (10_000, 1_000_000):
         seen = watch("generate.py", ["--weights", generator, "--n", n, "--device", "cpu", "--out", tmp_path / str(n)], 0.2)
-        peaks[n] = seen[:, 1].max().item()
-    print(f"\npeak memory: {peaks[10_000]:.0f} MB for 10,000, {peaks[1_000_000]:.0f} MB for 1,000,000 counterfactuals")
-    assert peaks[1_000_000] < 1.1 * peaks[10_000]
+        typical[n] = seen[len(seen) // 4:, 1].median().item()
+    quarters = [part[:, 1].median().item() for part in seen.chunk(4)]
+    print(f"\nmemory: {typical[10_000]:.0f} MB for 10,000, {typical[1_000_000]:.0f} MB for 1,000,000 counterfactuals "
+          f"(quarters {quarters}), peak {seen[:, 1].max():.0f} MB")
+    assert typical[1_000_000] < 1.1 * typical[10_000] and quarters[-1] < 1.03 * quarters[1]

@@ -34,7 +34,7 @@ from data.runs import (DOWNLOADS, ROOT, StopSignal, UserError, append_text, clai
                        rank_and_ranks, refuse_group, run_main, save_png, save_tensors, tile_sheet, truncation,
                        wait_for_ranks, write_atomically, write_json)
 from data.weights import find_file, find_or_download
-from train_cgn import (CLASSES, LATENT, fold, load_generator, load_imagenet_generator, sample_sheet, shuffle_patches,
+from train_cgn import (CLASSES, LATENT, load_generator, load_imagenet_generator, sample_sheet, shuffle_patches,
                        truncated_normal)
 
 CHUNK = 2_000                                              # images in a file

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 
 from data.checkpoints import FROZEN, finite_step, leave_out, restore_training, save_training, step_seed
-from data.frozen import STYLE_CONVOLUTIONS, ConvNormReLU, U2Net, VGG16Features, random_networks
+from data.frozen import STYLE_CONVOLUTIONS, U2Net, VGG16Features, fold, random_networks
 from data.mnist import SIZE, VARIANTS, load_variant, to_float
 from data.runs import (DOWNLOADS, ROOT, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction,
                        join_ranks, load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16,
@@ -89,13 +89,15 @@ def shape_mechanism(ngf):
 class MnistCGN(nn.Module):
     """The three mechanisms at 32 x 32. Keys and shapes are those of the published state dicts."""
 
-    def __init__(self, ngf=32, init="orthogonal", init_gain=0.1):
+    def __init__(self, ngf=32, init="orthogonal", init_gain=0.1, init_shape="orthogonal"):
         super().__init__()
         self.label_emb = nn.Embedding(CLASSES, EMBEDDING)
         self.f_shape = shape_mechanism(ngf)
         self.f_text1 = texture_mechanism(ngf)              # foreground
         self.f_text2 = texture_mechanism(ngf)              # background
         initialize(self, init, init_gain)
+        if init_shape != init:
+            initialize(self.f_shape, init_shape, init_gain)
 
     def inputs(self, z, y):
         """z: (N, 32); y: classes (N,), or rows of the embedding (N, 10) to go between classes. Returns (N, 42)."""
@@ -166,22 +168,20 @@ class ConvDiscriminator(nn.Module):
         return self.model(torch.cat([x, classes], 1)).flatten(1)
 
 
-class ProjectionDiscriminator(nn.Module):
-    """Image and class -> realness, (N, 1): strided convolutions under spectral normalisation; the class enters by a
-    product with the features (Miyato & Koyama 2018). A tenth of ConvDiscriminator's arithmetic."""
+class StridedDiscriminator(nn.Module):
+    """Image and class -> realness, (N, 1): strided convolutions without norms, an output for each class. A tenth of
+    ConvDiscriminator's arithmetic; for the logistic loss with --r1."""
 
     def __init__(self, ndf):
         super().__init__()
         widths, layers = (3, ndf, 2 * ndf, 4 * ndf), []
         for inputs, outputs in zip(widths, widths[1:]):
-            layers += [spectral(nn.Conv2d(inputs, outputs, 4, 2, 1)), nn.LeakyReLU(0.2)]             # 16, 8, 4
-        self.model = nn.Sequential(*layers, nn.Flatten())
-        self.realness, self.classes = (spectral(layer) for layer in (nn.Linear(64 * ndf, 1), nn.Embedding(CLASSES, 64 * ndf)))
+            layers += [nn.Conv2d(inputs, outputs, 4, 2, 1), nn.LeakyReLU(0.2)]                       # 16, 8, 4
+        self.model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * ndf, 256), nn.LeakyReLU(0.2),
+                                   nn.Linear(256, CLASSES))
 
     def forward(self, x, y):
-        power_iteration(self)
-        features = self.model(x)
-        return self.realness(features) + (self.classes(y) * features).sum(1, keepdim=True)
+        return self.model(x).gather(1, y[:, None])
 
 
 def initialize(network, init, gain):
@@ -370,25 +370,6 @@ class ImageNetCGN(nn.Module):
         return premask, masks.clamp(1e-4, 1 - 1e-4), foreground, background, saliency
 
 
-@torch.no_grad()
-def fold(network, truncation=1.0):
-    """Constants into weights, in place: spectral norms, BatchNorms, and conditional norms for this truncation."""
-    for module in network.modules():
-        if hasattr(module, "weight_orig"):
-            normalize_weight(module)
-            weight = module.__dict__.pop("weight")
-            del module.weight_orig, module.weight_u, module.weight_v
-            module._forward_pre_hooks.clear()
-            module.weight = nn.Parameter(weight)
-    for module in list(network.modules()):
-        if isinstance(module, ConditionalNorm):
-            module.fold(truncation)
-        elif isinstance(module, ConvNormReLU):
-            module.conv_s1 = nn.utils.fuse_conv_bn_eval(module.conv_s1, module.bn_s1)
-            module.bn_s1 = nn.Identity()
-    return network.requires_grad_(False).to(memory_format=torch.channels_last)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses
 
@@ -427,6 +408,12 @@ def frame_loss(background, x_gt):
     return (real.mean(2) - fake.mean(2)).square().mean() + (spread[0] - spread[1]).square().mean()
 
 
+def adversarial_loss(args, realness, target):
+    """Realness (N, 1) to target, 1 or 0: least squares (Mao et al. 2017), or logistic (Goodfellow et al. 2014)."""
+    loss = F.mse_loss if args.adversarial == "squares" else F.binary_cross_entropy_with_logits
+    return loss(realness, torch.full_like(realness, target))
+
+
 def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, step):
     """Weighted losses by name, the composite, and the mean mask value. In warm-up, only what settles the background.
 
@@ -439,9 +426,7 @@ def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, step):
     composed, copy = composite_losses_and_copy(mask, foreground, background, copy_dtype=copy_dtype,
                                                backend=args.kernels)
     if not warmup:
-        realness = discriminator(composed.composite, y_gen)
-        losses["adversarial"] = (F.mse_loss(realness, torch.ones_like(realness)) if args.adversarial == "squares"
-                                 else -realness.mean())
+        losses["adversarial"] = adversarial_loss(args, discriminator(composed.composite, y_gen), 1)
         losses["binary"] = args.binary_weight * composed.binary
     if style:
         losses["style"] = args.style_every * perceptual_loss(vgg, copy, x_gt, args.style_weights, args.kernels)
@@ -471,15 +456,20 @@ def imagenet_losses(args, vgg, outputs, x_gt, generator):
     return losses, composed.mask_mean.detach()
 
 
-def discriminator_loss(discriminator, x_gt, y_gt, x_gen, y_gen, adversarial="squares"):
-    """Least squares (Mao et al. 2017): real images to 1, generated ones to 0. Or hinge: above 1, and below -1."""
+def discriminator_loss(args, discriminator, x_gt, y_gt, x_gen, y_gen, step):
+    """Real images to 1, generated ones to 0; and --r1 times half the squared gradient at real images (Mescheder et al.
+    2018), in every 8th step, 8-fold."""
+    penalize = args.r1 > 0 and step % 8 == 0
+    x_gt = x_gt.requires_grad_(penalize)
     if isinstance(discriminator, ConvDiscriminator):       # batch statistics of each kind
         real, fake = discriminator(x_gt, y_gt), discriminator(x_gen, y_gen)
     else:                                                  # one pass gives the same, for half
         real, fake = discriminator(torch.cat([x_gt, x_gen]), torch.cat([y_gt, y_gen])).chunk(2)
-    if adversarial == "hinge":
-        return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-    return (F.mse_loss(real, torch.ones_like(real)) + F.mse_loss(fake, torch.zeros_like(fake))) / 2
+    loss = (adversarial_loss(args, real, 1) + adversarial_loss(args, fake, 0)) / 2
+    if penalize:
+        gradient, = torch.autograd.grad(real.sum(), x_gt, create_graph=True)
+        loss = loss + 8 * args.r1 / 2 * gradient.square().sum((1, 2, 3)).mean()
+    return loss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -643,12 +633,12 @@ def prepare_mnist(args, device, bf16):
     data, _ = load_variant(args.dataset, args.data_dir, textures=args.textures, offline=args.offline, seed=args.seed,
                            device=device)
     vgg = load_vgg(args, device, bf16, args.style_weights)
-    cgn = load_generator(args.weights)[0].train() if args.weights else MnistCGN(32, args.init, args.init_gain)
+    cgn = load_generator(args.weights)[0].train() if args.weights else MnistCGN(32, args.init, args.init_gain, args.init_shape)
     average = MnistCGN().requires_grad_(False)
     average.load_state_dict(cgn.state_dict())
     cgn, average = cgn.to(device), average.to(device)
     discriminator = {"linear": LinearDiscriminator, "conv": ConvDiscriminator,
-                     "projection": ProjectionDiscriminator}[args.discriminator](args.ndf).to(device)
+                     "strided": StridedDiscriminator}[args.discriminator](args.ndf).to(device)
     optimizers = [torch.optim.Adam(groups, betas=(0.5, 0.999), fused=True) for groups in (
         generator_groups(cgn, args), [{"params": list(discriminator.parameters()), "lr": args.lr}])]
     per_epoch = len(data) // args.batch_size
@@ -679,8 +669,7 @@ def prepare_mnist(args, device, bf16):
 
         if not warmup:
             discriminator.requires_grad_(True)
-            losses["discriminator"] = discriminator_loss(discriminator, x_gt, y_gt, x_gen.detach(), y_gen,
-                                                         args.adversarial)
+            losses["discriminator"] = discriminator_loss(args, discriminator, x_gt, y_gt, x_gen.detach(), y_gen, step)
             optimizers[1].zero_grad(set_to_none=True)
             losses["discriminator"].backward()
             bad = bad + finite_step(optimizers[1], losses["discriminator"])
@@ -801,14 +790,20 @@ def parse_args(argv=None):
 
     model = parser.add_argument_group("model")
     model.add_argument("--weights", type=Path, help="start from these generator weights (ours or the published ones)")
-    model.add_argument("--discriminator", choices=["linear", "conv", "projection"], default="linear", help="its form")
+    model.add_argument("--discriminator", choices=["linear", "conv", "strided"], default="strided", help="its form")
     model.add_argument("--ndf", type=positive_int, default=512, help="width of the discriminator")
     model.add_argument("--init", choices=["orthogonal", "normal", "xavier", "kaiming"], default="orthogonal",
                        help="how the generator's weights are drawn")
+    model.add_argument("--init-shape", choices=["orthogonal", "normal", "xavier", "kaiming"], default="kaiming",
+                       help="those of the shape mechanism; small ones lose the latent: the first layer's bias outgrows "
+                       "it, and a class gets one shape; as --init in the published settings")
     model.add_argument("--init-gain", type=non_negative_float, default=0.1, help="scale of --init")
 
     loss = parser.add_argument_group("losses (0 leaves one out)")
-    loss.add_argument("--adversarial", choices=["squares", "hinge"], default="squares", help="form of the GAN's loss")
+    loss.add_argument("--adversarial", choices=["squares", "logistic"], default="logistic", help="form of the GAN's loss; "
+                      "squares as published")
+    loss.add_argument("--r1", type=non_negative_float, default=0.15,
+                      help="gradient penalty of the discriminator at real images; 0 as published")
     loss.add_argument("--binary-weight", type=non_negative_float, default=0.1, help="mask entropy, in bits")
     loss.add_argument("--style-weights", type=non_negative_float, nargs=4, default=[0.05, 0.1, 0.0, 0.0],
                       metavar="W", help="style loss at relu1_2, relu2_2, relu3_3, relu4_3 of VGG-16")

@@ -1,7 +1,9 @@
-"""The frozen pretrained networks: VGG-16's features for the style losses, and U^2-Net for ImageNet's masks."""
+"""The frozen pretrained networks: VGG-16's features for the style losses, and U^2-Net for ImageNet's masks; constants folded."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+
+from kernels import normalize_weight
 
 STYLE_CONVOLUTIONS = (2, 4, 7, 10)                         # relu1_2, relu2_2, relu3_3, relu4_3: VGG-16's n-th layers
 
@@ -102,6 +104,25 @@ class U2Net(nn.Module):
             h = getattr(self, f"stage{i}d")(torch.cat([resize_like(h, stages[i - 1]), stages[i - 1]], 1))
             sides.insert(0, getattr(self, f"side{i}")(h))
         return self.outconv(torch.cat([resize_like(side, sides[0]) for side in sides], 1)).float().sigmoid()
+
+
+@torch.no_grad()
+def fold(network, truncation=1.0):
+    """Constants into weights, in place: spectral norms, BatchNorms, and conditional norms for this truncation."""
+    for module in network.modules():
+        if hasattr(module, "weight_orig"):
+            normalize_weight(module)
+            weight = module.__dict__.pop("weight")
+            del module.weight_orig, module.weight_u, module.weight_v
+            module._forward_pre_hooks.clear()
+            module.weight = nn.Parameter(weight)
+    for module in list(network.modules()):
+        if hasattr(module, "running_means"):
+            module.fold(truncation)
+        elif isinstance(module, ConvNormReLU):
+            module.conv_s1 = nn.utils.fuse_conv_bn_eval(module.conv_s1, module.bn_s1)
+            module.bn_s1 = nn.Identity()
+    return network.requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 @torch.no_grad()

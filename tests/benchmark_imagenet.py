@@ -20,6 +20,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_cgn  # noqa: E402  (needs the path above)
+from data.frozen import fold  # noqa: E402
 from kernels import layers  # noqa: E402
 from data.weights import random_vgg16_features  # noqa: E402
 
@@ -82,7 +83,7 @@ def networks(level, training):
             mechanism.recompute = level >= 7
     if level >= 4:
         for network in (cgn.biggan_GT, cgn.u2net) if training else [cgn]:
-            train_cgn.fold(network.eval() if training else network, 0.5)
+            fold(network.eval() if training else network, 0.5)
     if level >= 5:
         (nn.ModuleList([cgn.biggan_GT, cgn.u2net]) if training else cgn).bfloat16()
     if level >= 3:

@@ -39,7 +39,8 @@ class PlainUpsample(nn.Module):
 def make_step(level):
     """A training step with the first `level` changes: a function without arguments."""
     torch.manual_seed(0)
-    args = train_cgn.parse_args(["--dataset", "colored_mnist", "--out", "unused"])
+    args = train_cgn.parse_args("--dataset colored_mnist --discriminator linear --ndf 512 --adversarial squares --r1 0 "
+                                "--out unused".split())
     dtype = torch.bfloat16 if level >= 7 else torch.float32
     depth = max(n for n, w in zip(train_cgn.STYLE_CONVOLUTIONS, args.style_weights) if w) if level >= 2 else 13
     vgg = train_cgn.VGG16Features(random_vgg16_features(depth)).to(dtype)
@@ -86,7 +87,7 @@ def make_step(level):
         optimizers[1].zero_grad()
         x_gen = x_gen.detach()
         if level >= 6:
-            loss = train_cgn.discriminator_loss(discriminator, x_gt, y, x_gen, y)
+            loss = train_cgn.discriminator_loss(args, discriminator, x_gt, y, x_gen, y, 0)
         else:
             loss = ((discriminator(x_gt, y) - 1).square().mean() + discriminator(x_gen, y).square().mean()) / 2
         loss.backward()

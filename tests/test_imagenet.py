@@ -14,9 +14,9 @@ from conftest import ROOT, SMALL_IMAGENET, fixture_files, folder_from, run, torc
 from data.scenes import draw_scenes
 from data.runs import UserError, load_tensors, run_main
 from generate import class_number, draw_image
-from data.frozen import U2Net, random_networks
+from data.frozen import U2Net, fold, random_networks
 from kernels.layers import DivideBySigma, power_iteration, spectral
-from train_cgn import (SMALL, STAND_INS, BigGAN, ImageNetCGN, fold, load_imagenet_generator, parse_args,
+from train_cgn import (SMALL, STAND_INS, BigGAN, ImageNetCGN, load_imagenet_generator, parse_args,
                        prepare_imagenet, truncated_normal)
 
 

@@ -1,4 +1,6 @@
 """Composite, losses and generator against known numbers of the published implementation, and gradients."""
+import types
+
 import pytest
 import torch
 
@@ -7,12 +9,12 @@ from conftest import fixture_files, folder_from
 from data.frozen import VGG16Features
 from data.weights import load_vgg16_features
 from kernels import StyleLoss, UpsampleConv2d, composite_losses, gram_matrix, style_loss
-from train_cgn import PRESETS, border_loss, load_generator, perceptual_loss, shuffle_patches
+from train_cgn import (LinearDiscriminator, StridedDiscriminator, adversarial_loss, border_loss, discriminator_loss,
+                       load_generator, perceptual_loss, shuffle_patches)
 
 STYLES = {"style_imagenet_4444": [4, 4, 4, 4], "style_text_0550": [0, 5, 5, 0],
           "style_colored": [0.05, 0.1, 0.01, 0.0],
-          "style_double": PRESETS["double_colored_mnist"]["style_weights"],
-          "style_wildlife": PRESETS["wildlife_mnist"]["style_weights"]}
+          "style_double": [0.0, 0.05, 0.0, 0.05], "style_wildlife": [0.01, 0.05, 0.0, 0.01]}
 
 
 def fixture_loss(name, mask, foreground, background, x_gt, backend):
@@ -138,6 +140,33 @@ def test_border_loss_is_the_mean_of_the_frame():
     torch.testing.assert_close(border_loss(1 - mask), torch.tensor(1.0))
     mask[0, 0, 0, :16] = 1
     torch.testing.assert_close(border_loss(mask), torch.tensor(16 / (2 * (32 * 32 - 26 * 26))))
+
+
+def test_adversarial_losses_are_the_formulas():
+    realness = torch.tensor([[0.0], [2.0]])
+    for form, target, want in (("squares", 1, (1 + 1) / 2), ("squares", 0, (0 + 4) / 2),
+                               ("logistic", 1, (0.693147 + 0.126928) / 2), ("logistic", 0, (0.693147 + 2.126928) / 2)):
+        assert adversarial_loss(types.SimpleNamespace(adversarial=form), realness, target).item() == pytest.approx(want)
+
+
+def test_gradient_penalty_of_a_linear_function_is_its_weight():
+    """D(x) = <w, x>: --r1 adds 8 r1 / 2 |w|^2 in every 8th step, with gradient 8 r1 w."""
+    weight, x = torch.rand(3, 32, 32, requires_grad=True), torch.rand(4, 3, 32, 32)
+    def loss(r1, step):
+        args = types.SimpleNamespace(adversarial="logistic", r1=r1)
+        return discriminator_loss(args, lambda x, y: (x * weight).sum((1, 2, 3))[:, None], x, torch.zeros(4), x / 2,
+                                  torch.zeros(4), step)
+    added = loss(0.5, 16) - loss(0.0, 16)
+    torch.testing.assert_close(added, 2 * weight.square().sum())
+    torch.testing.assert_close(torch.autograd.grad(added, weight)[0], 4 * weight)
+    assert loss(0.5, 15) == loss(0.0, 15)
+
+
+@pytest.mark.parametrize("form", [LinearDiscriminator, StridedDiscriminator])
+def test_a_discriminator_looks_at_the_class(form):
+    discriminator, x = form(8).eval(), torch.rand(2, 3, 32, 32)
+    one, other = discriminator(x, torch.tensor([3, 3])), discriminator(x, torch.tensor([3, 4]))
+    assert one.shape == (2, 1) and one[0] == other[0] and one[1] != other[1]
 
 
 def test_features_stop_at_the_last_layer_with_a_weight():

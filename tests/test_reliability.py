@@ -55,8 +55,8 @@ def test_killed_generations_end_the_same(generator, tmp_path, kills):
 
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed_classifiers_end_the_same(digits_dir, tmp_path, kills):
-    flags = ["--dataset", "double_colored_mnist", "--data-dir", digits_dir, "--device", "cpu", "--seeds", 3, 4, "--epochs",
-             2 * kills]
+    flags = ["--dataset", "double_colored_mnist", "--data-dir", digits_dir, "--device", "cpu", "--seeds", 3, 4,
+             "--augment", 1, "--epochs", 2 * kills]
     check_kills("train_classifier.py", flags, tmp_path, kills)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from conftest import ROOT, folder_from, load, run, same, write_idx
 from data.mnist import VARIANTS
 from data.runs import HELD, run_main
+from train_classifier import turned
 from train_cgn import PRESETS, load_generator, parse_args
 
 
@@ -145,6 +146,30 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, tiny, dataset):
     assert steps == [2, 4, 6]
 
 
+def test_published_settings_and_other_forms_train(tmp_path, tiny):
+    flags = ["--dataset", "colored_mnist", *tiny, "--max-steps", 9, "--warmup", 0, "--log-every", 1]
+    published = ["--adversarial", "squares", "--r1", 0, "--init-shape", "orthogonal", "--labels", "uniform"]
+    logs = {}
+    for name, more in {"linear": [*published, "--discriminator", "linear"], "conv": [*published, "--discriminator", "conv"],
+                       "strided": [], "no penalty": ["--r1", 0]}.items():
+        run("train_cgn.py", *flags, *more, "--out", tmp_path / name)
+        logs[name] = [json.loads(line)["discriminator"] for line in open(tmp_path / name / "log.jsonl")]
+    assert logs["strided"][0] != logs["no penalty"][0]                           # the penalty acts in steps 0, 8, ...
+    assert len({tuple(log) for log in logs.values()}) == 4
+
+
+def test_style_loss_in_every_other_step(tmp_path, digits_dir, tiny):
+    """Offline, so that there are features: logged in the steps that have it, and twice as much."""
+    flags = ["--dataset", "colored_mnist", *tiny, "--offline", "--style-weights", 1, 0, 0, 0, "--warmup", 0, "--lr", 0,
+             "--norm-lr", 0, "--max-steps", 4, "--log-every", 1]
+    logs = []
+    for number in (1, 2):
+        run("train_cgn.py", *flags, "--style-every", number, "--out", tmp_path / str(number))
+        logs.append([json.loads(line).get("style") for line in open(tmp_path / str(number) / "log.jsonl")])
+    assert None not in logs[0] and logs[1][1] is logs[1][3] is None
+    assert [logs[1][0], logs[1][2]] == pytest.approx([2 * logs[0][0], 2 * logs[0][2]], rel=0.02)
+
+
 def test_other_seed_other_weights(tmp_path, tiny):
     for seed in (0, 1):
         run("train_cgn.py", "--dataset", "colored_mnist", *tiny, "--max-steps", 1, "--seed", seed, "--out", tmp_path / str(seed))
@@ -204,6 +229,18 @@ def test_classifier_resumes_and_repeats(digits_dir, tmp_path):
     assert logs[0] == logs[1] and logs[0].count("\n") == 3
     assert {f.name for f in (tmp_path / "whole" / "seed_3").iterdir()} == {"log.jsonl", "weights.pt", "weights_best.pt",
                                                                           "checkpoint.pt", "checkpoint_before.pt"}
+
+
+def test_augmentation_turns_and_moves_but_keeps_the_digit():
+    x = torch.full((200, 3, 32, 32), -1.0)
+    x[:, :, 8:24, 12:20] = 1
+    same_seed = [turned(x, 1.0, torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(*same_seed) and torch.equal(turned(x, 0.0, torch.Generator()), x)
+    inside = same_seed[0][:, 0] > 0
+    assert set(same_seed[0].unique().tolist()) == {-1.0, 1.0}                    # no new colours
+    area, rows = inside.sum((1, 2)).float(), inside.any(2).float() @ torch.arange(32.0) / inside.any(2).sum(1)
+    assert 0.5 * 128 < area.min() and area.max() < 2 * 128 and area.std() > 5
+    assert (rows - 15.5).abs().max() < 4 and rows.std() > 0.5                     # moved, by 2.5 pixels and what it turns
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """Generate counterfactual images with a trained CGN (Sauer & Geiger, ICLR 2021, section 3.3).
 
-    python generate.py --weights runs/first/weights.pt --n 100000 --per-shape 10 --out runs/first-counterfactuals
-    python generate.py --weights runs/first/weights.pt --factual --out runs/first-factual    # one label for all three
-    python generate.py --weights runs/first/weights.pt --sheet --out runs/first-pictures     # PNGs to look at
+    python generate.py                                            # pictures to look at, of the weights that come along
+    python generate.py --dataset wildlife_mnist --n 100000 --per-shape 10 --out runs/wildlife-cf            # a data set
+    python generate.py --weights runs/first/weights.pt --n 100000 --factual --out runs/first-factual   # one label for all
 
 A data set is a folder of chunk_00000.pt, chunk_00001.pt, ..., each with `images`, uint8 (n, 3, 32, 32), and `labels`,
 uint8 (n, 3): the classes of shape, texture and background. dataset.json is written last, when all chunks are there.
@@ -28,7 +28,8 @@ import torch
 import torchvision
 from PIL import Image
 
-from data.mnist import SIZE
+from data.frozen import fold
+from data.mnist import SIZE, VARIANTS
 from data.runs import (DOWNLOADS, ROOT, StopSignal, UserError, append_text, claim_folder, describe_run, file_sha256,
                        intact_archive, join_ranks, load_tensors, non_negative_int, pick_bf16, pick_device, positive_int,
                        rank_and_ranks, refuse_group, run_main, save_png, save_tensors, tile_sheet, truncation,
@@ -119,6 +120,14 @@ def generate_dataset(cgn, args, out, device):
     write_json(out / "dataset.json", settings | {"n": args.n, "chunks": len(starts), "dataset": args.dataset,
                                                  "offline": args.offline, "weights": str(args.weights)})
     print(f"\n{out}: {args.n} images; next: python train_classifier.py --train counterfactual --counterfactual {out}")
+
+
+def pretrained(dataset):
+    """The weights of a variant that come with the project, or UserError."""
+    path = ROOT / "data" / "pretrained" / f"{dataset}.pt"
+    if dataset not in VARIANTS or not path.is_file():
+        raise UserError(f"--dataset {dataset}: no weights in {path.parent}; give --weights, a training's weights.pt")
+    return path
 
 
 def chunk_settings(path):
@@ -387,7 +396,7 @@ def check_settings(out, args):
 def main_imagenet(args):
     if args.interpolate and not args.to:
         raise UserError("--interpolate: needs --to, the class to go to")
-    if args.start + args.n > LAST:
+    if args.start + (args.n or 0) > LAST:
         raise UserError(f"--start {args.start} --n {args.n}: images are numbered 0 to {LAST - 1}; choose a range within")
     choices_of(args)                                       # unknown classes show now
     device = join_ranks(pick_device(args.device))
@@ -411,7 +420,7 @@ def main_imagenet(args):
         check_settings(out, args)
         describe_run(out, __file__, args)
     wait_for_ranks()
-    do = interpolate_imagenet if args.interpolate else imagenet_sheet if args.sheet else generate_imagenet
+    do = interpolate_imagenet if args.interpolate else generate_imagenet if args.n else imagenet_sheet
     do(cgn, args, args.out, device)
 
 
@@ -422,17 +431,17 @@ def main_imagenet(args):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--weights", type=Path, help="weights.pt of a training, or published weights; "
-                        "for ImageNet the authors' cgn.pth if not given")
+    parser.add_argument("--weights", type=Path, help="weights.pt of a training, or published weights; if not given, "
+                        "data/pretrained/DATASET.pt, and for ImageNet the authors' cgn.pth")
     parser.add_argument("--weights-dir", type=Path, default=DOWNLOADS, help="folder with cgn.pth; fetched if missing")
-    parser.add_argument("--dataset", help="refuse weights that were trained on another; published weights do not tell")
-    parser.add_argument("--n", type=positive_int, default=100_000, help="images in the data set")
+    parser.add_argument("--dataset", help="colored_mnist if neither this nor --weights is given; weights that were "
+                        "trained on another are refused; published weights do not tell")
+    parser.add_argument("--n", type=positive_int, help="images in the data set; if not given, pictures to look at")
     parser.add_argument("--per-shape", type=positive_int, default=10, help="texture and background pairs per mask")
     parser.add_argument("--factual", action="store_true", help="one latent and one class for all three mechanisms: "
                         "the generator's idea of the training data (sets --per-shape 1)")
-    parser.add_argument("--sheet", action="store_true", help="write pictures to look at, and no data set")
     parser.add_argument("--raw-weights", action="store_true", help="use the weights, not their moving average")
-    parser.add_argument("--out", type=Path, required=True, help="folder; new, empty, or continued with --resume")
+    parser.add_argument("--out", type=Path, default="runs/generated", help="folder; new, empty, or continued with --resume")
     parser.add_argument("--resume", nargs="?", const="auto", choices=["auto"],
                         help="make only what --out does not hold yet")
     parser.add_argument("--seed", type=non_negative_int, default=0, help="same seed, same images")
@@ -469,9 +478,7 @@ def main():
     args = parse_args()
     if args.dataset == "imagenet":
         return main_imagenet(args)
-    if not args.weights:
-        raise UserError("--weights: missing; give the weights.pt of a training, or published weights")
-    device = pick_device(args.device)
+    args.weights, device = args.weights or pretrained(args.dataset or "colored_mnist"), pick_device(args.device)
     cgn, trained = load_generator(args.weights, raw=args.raw_weights)
     args.weights_sha256 = file_sha256(args.weights)
     if args.dataset and trained.get("dataset", args.dataset) != args.dataset:
@@ -483,7 +490,7 @@ def main():
     out = claim_folder(args.out, __file__, args.resume)
     describe_run(out, __file__, args)
     cgn = cgn.to(device)
-    (write_sheets if args.sheet else generate_dataset)(cgn, args, out, device)
+    (generate_dataset if args.n else write_sheets)(cgn, args, out, device)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@
     python train_classifier.py --dataset imagenet --data-dir IMAGENET --counterfactual runs/cf --out runs/ensemble
 
 Sauer & Geiger, ICLR 2021, section 4. Two test sets tell: `decorrelated`, where colours and textures say nothing of
-the digit, and `correlated`, the same digits drawn as in training. The figure to quote is the last epoch's.
+the digit, and `correlated`, the same digits drawn as in training. The figure to quote is the last epoch's. To choose
+settings, there is `biased`: the last 5,000 training images, which --train counterfactual never sees.
 """
 import argparse
 import copy
-import json
 import math
 from pathlib import Path
 
@@ -19,21 +19,23 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
+from data.baselines import ColourHead, invariance_penalty, shaken_colours
 from data.checkpoints import (check_settings, find_checkpoint, finite_step, leave_out, restore_training,
                               save_checkpoint, save_training, step_seed)
 from data.explain import explain_digits, explain_imagenet
 from data.imagenet import Images, batches, counterfactual_images, normalized, transform, wnid_images
-from data.mnist import VARIANTS, load_variant, to_float
+from data.mnist import VARIANTS, load_counterfactuals, load_variant, to_float
 from data.robustness import ANSWERS, HEADS, evaluate, load_tests, write_table
 from data.runs import (DOWNLOADS, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction, join_ranks,
                        load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16, pick_device,
                        plain, positive_int, rank_and_ranks, refuse_group, run_main, save_tensors, write_json)
 from data.weights import add_torchvision_file, check_state_dict, load_network
-from train_cgn import update_average
+from generate import generate_batch, pretrained
+from train_cgn import load_generator, update_average
 
 # What a resumed run must share with the run that it continues.
-SETTINGS = {"dataset", "offline", "batch_size", "max_steps", "lr", "seed", "train", "textures", "gamma", "augment", "arch", "steps",
-            "cf_ratio", "schedule", "lr_step", "warmup", "weight_decay", "ema", "image_size"}
+SETTINGS = {"dataset", "offline", "batch_size", "max_steps", "lr", "seed", "train", "textures", "gamma", "augment", "n",
+            "method", "environments", "penalty", "arch", "steps", "cf_ratio", "schedule", "lr_step", "warmup", "weight_decay", "ema", "image_size"}
 
 
 class MnistClassifier(nn.Module):
@@ -47,49 +49,36 @@ class MnistClassifier(nn.Module):
             nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(7))
         self.cls = nn.Sequential(nn.Linear(64, 10))
 
+    def answer(self, features):
+        """Of what the last convolution gives, (N, 64, 8, 8)."""
+        return F.log_softmax(self.cls(self.model[-1](features).flatten(1)), 1)
+
     def forward(self, x):
-        return F.log_softmax(self.cls(self.model(x).flatten(1)), 1)
+        return self.answer(self.model[:-1](x))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
 
 
-def load_counterfactuals(folder, args, device):
-    """A data set of generate.py: uint8 (n, 3, 32, 32) on `device`, and the classes of the shapes (n,)."""
-    try:
-        facts = json.loads((folder / "dataset.json").read_text())
-        n, chunks = facts["n"], facts["chunks"]
-    except (OSError, ValueError, KeyError):
-        raise UserError(f"--counterfactual {folder}: no complete data set of generate.py (dataset.json is missing or "
-                        "damaged); if it was interrupted, run it again with --resume") from None
-    if facts["dataset"] not in (None, args.dataset):
-        raise UserError(f"--counterfactual {folder}: made for {facts['dataset']}, not {args.dataset}")
-    if facts["offline"] != args.offline:
-        raise UserError(f"--counterfactual {folder}: made {'' if facts['offline'] else 'not '}from --offline weights; "
-                        "synthetic digits and MNIST must not be mixed: use the same --offline everywhere")
-    images = torch.empty(n, 3, 32, 32, dtype=torch.uint8, device=device)
-    labels = torch.empty(n, dtype=torch.int64, device=device)
-    start = 0
-    for number in range(chunks):
-        path = folder / f"chunk_{number:05d}.pt"
-        chunk = load_tensors(path)
-        try:
-            stop = start + len(chunk["images"])
-            images[start:stop], labels[start:stop] = chunk["images"], chunk["labels"][:, 0]
-        except (KeyError, TypeError, IndexError, RuntimeError) as error:
-            raise UserError(f"{path}: not a chunk of this data set ({error}); make it again") from None
-        start = stop
-    if start != n or labels.max() > 9:
-        raise UserError(f"--counterfactual {folder}: {start} images where dataset.json promises {n}; make it again")
-    return images, labels
+def draw_counterfactuals(args, device):
+    """As load_counterfactuals, drawn now by the generator that comes along: what generate.py makes by default."""
+    if args.offline:
+        raise UserError(f"--offline --train {args.train}: needs --counterfactual, made by a generator of --offline")
+    cgn, _ = load_generator(pretrained(args.dataset))
+    settings = argparse.Namespace(seed=args.seed, per_shape=10, factual=False)
+    parts = [generate_batch(cgn.to(device), settings, start, min(start + 500, args.n), device)
+             for start in range(0, args.n, 500)]
+    images, labels = (torch.cat(column) for column in zip(*parts))
+    return images.to(device), labels[:, 0].long().to(device)
 
 
 def training_images(args, original, counterfactual, epoch):
     """The images of one epoch, uint8 (n, 3, 32, 32), and labels. Originals are drawn anew, where the variant does so."""
     parts = []
-    if args.train in ("original", "both"):
-        parts.append((original.all_images(args.seed + 1000 + epoch), original.labels))
+    if args.train != "counterfactual":
+        parts.append((original.all_images(args.seed + 1000 + epoch, decorrelated=args.train == "decorrelated"),
+                      original.labels))
     if args.train in ("counterfactual", "both"):
         parts.append(counterfactual)
     return tuple(torch.cat(column) if len(column) > 1 else column[0] for column in zip(*parts))
@@ -122,15 +111,22 @@ def turned(images, strength, generator):
     return F.grid_sample(images, grid, "nearest", "reflection", align_corners=False)
 
 
-def train_step(classifier, optimizer, x, y, args, seed):
+def train_step(classifier, colour_head, optimizer, x, y, args, seed):
     """One update. Returns the loss, how many answers were right, and whether the update was left out."""
-    x = to_float(x)
+    x, generator = to_float(x), torch.Generator().manual_seed(seed)
     if args.augment:
-        x = turned(x, args.augment, torch.Generator().manual_seed(seed))
+        x = turned(x, args.augment, generator)
+    if args.method == "irm":
+        x, environment = shaken_colours(x, args.environments, generator)
     x = x.contiguous(memory_format=torch.channels_last)
     with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-        log_probabilities = classifier(x).float()
+        features = classifier.model[:-1](x)
+        log_probabilities = classifier.answer(features).float()
     loss = F.nll_loss(log_probabilities, y)
+    if args.method == "irm":
+        loss = loss + args.penalty * invariance_penalty(log_probabilities, y, environment, args.environments)
+    elif args.method == "lnl":
+        loss = loss + colour_head.loss(features.float(), x, args.penalty)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     bad = finite_step(optimizer, loss)
@@ -148,19 +144,21 @@ def train_classifier(args, seed, out, data, tests, device, stop):
     if args.weights:
         load_classifier(classifier, args.weights)
     classifier.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adadelta(classifier.parameters(), lr=args.lr)
+    colour_head = ColourHead().to(device)                                  # of --method lnl
+    optimizer = torch.optim.Adadelta([*classifier.parameters(), *colour_head.parameters()], lr=args.lr)
     # Position: images of the epoch that were seen. Sums: of their losses, and right answers.
     state = {"epoch": 0, "position": 0, "sums": torch.zeros(2), "best": -1.0, "numbers": {}}
     path, saved = find_checkpoint(out) if args.resume else (None, None)
     if saved:
         check_settings(path, saved["args"], args, vars(args).keys() - SETTINGS)
         classifier.load_state_dict(saved["classifier"])
+        colour_head.load_state_dict(saved["colour_head"])
         optimizer.load_state_dict(saved["optimizer"])
         state = {name: saved[name] for name in state}
 
     def save():
-        save_checkpoint(out, state | {"classifier": classifier.state_dict(), "optimizer": optimizer.state_dict(),
-                                      "args": plain(args)})
+        save_checkpoint(out, state | {"classifier": classifier.state_dict(), "colour_head": colour_head.state_dict(),
+                                      "optimizer": optimizer.state_dict(), "args": plain(args)})
 
     log, bad_steps = Log(out / "log.jsonl", state["epoch"]), 0
     for epoch in range(state["epoch"], 0 if args.evaluate else args.epochs):
@@ -174,7 +172,8 @@ def train_classifier(args, seed, out, data, tests, device, stop):
         classifier.train()
         for index in order[state["position"]:].split(args.batch_size):
             step = step_seed(1_000 * seed + epoch, state["position"])
-            loss, correct, bad = train_step(classifier, optimizer, images.index_select(0, index), labels[index], args, step)
+            loss, correct, bad = train_step(classifier, colour_head, optimizer, images.index_select(0, index),
+                                            labels[index], args, step)
             bad_steps = bad_steps + 1 if bad else 0
             state["position"] += len(index)
             if bad_steps:
@@ -191,12 +190,12 @@ def train_classifier(args, seed, out, data, tests, device, stop):
         log.write(epoch + 1, seed=seed, **numbers)
         print(f"seed {seed}  epoch {epoch + 1}/{args.epochs}  " +
               "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()), flush=True)
-        # Chosen without a look at the decorrelated test: that would be selecting on what is to be measured.
-        if numbers["correlated"] > state["best"]:
+        # Chosen without a look at the test digits: that would be selecting on what is to be measured.
+        if numbers["biased"] > state["best"]:
             save_tensors(out / "weights_best.pt", classifier.state_dict())
         save_tensors(out / "weights.pt", classifier.state_dict())
         state = {"epoch": epoch + 1, "position": 0, "sums": torch.zeros(2), "numbers": numbers,
-                 "best": max(state["best"], numbers["correlated"])}
+                 "best": max(state["best"], numbers["biased"])}
         save()
     numbers = state["numbers"] or {name: accuracy(classifier, *test) for name, test in tests.items()}
     if args.explain:
@@ -479,8 +478,15 @@ def parse_args(argv=None):
                        help="bf16 arithmetic in training; tests are in float32; auto: where the hardware multiplies it")
 
     digits = parser.add_argument_group("MNIST")
-    digits.add_argument("--train", choices=["original", "counterfactual", "both"], default="original",
-                        help="images to train on: the biased data, generated ones, or both together")
+    digits.add_argument("--train", choices=["original", "counterfactual", "both", "decorrelated"], default="original",
+                        help="images to train on: the biased data, generated ones, or both together; or what a perfect "
+                        "generator would make, the ceiling: training digits in colours and textures of any class")
+    digits.add_argument("--n", type=positive_int, default=100_000, help="counterfactuals to draw from "
+                        "data/pretrained/DATASET.pt if no --counterfactual is given")
+    digits.add_argument("--method", choices=["plain", "irm", "lnl"], default="plain", help="or what the paper compares "
+                        "with: invariant risk minimisation over environments of shaken colours, learning not to learn")
+    digits.add_argument("--environments", type=positive_int, default=2, help="of irm")
+    digits.add_argument("--penalty", type=non_negative_float, default=1.0, help="weight of what irm and lnl add")
     digits.add_argument("--textures", help="wildlife: folder with object/ and background/, or 'dtd'; as in train_cgn.py")
     digits.add_argument("--gamma", type=non_negative_float, default=0.7, help="factor of the learning rate per epoch")
     digits.add_argument("--augment", type=non_negative_float, default=0.0, metavar="S",
@@ -543,8 +549,9 @@ def main():
     if args.dataset == "imagenet":
         return main_imagenet(args)
     args.counterfactual, args.data_dir = (args.counterfactual or [None])[0], args.data_dir or DOWNLOADS
-    if (args.train == "original") != (args.counterfactual is None):
-        raise UserError(f"--train {args.train} {'takes no' if args.train == 'original' else 'needs'} --counterfactual")
+    generated = args.train in ("counterfactual", "both")
+    if args.counterfactual and not generated:
+        raise UserError(f"--train {args.train} takes no --counterfactual")
     device = pick_device(args.device)
     args.bf16 = pick_bf16(args.amp, device)
     out = claim_folder(args.out, __file__, args.resume)
@@ -552,9 +559,13 @@ def main():
         print("OFFLINE: synthetic digits and drawn textures. No number of this run is about MNIST.")
     original, test = load_variant(args.dataset, args.data_dir, textures=args.textures, offline=args.offline,
                                   seed=args.seed, device=device)
-    counterfactual = args.counterfactual and load_counterfactuals(args.counterfactual, args, device)
+    counterfactual = None
+    if generated:
+        counterfactual = (draw_counterfactuals(args, device) if not args.counterfactual else
+                          load_counterfactuals(args.counterfactual, args.dataset, args.offline, device))
     tests = {"decorrelated": (test.all_images(args.seed, decorrelated=True), test.labels),
-             "correlated": (test.all_images(args.seed), test.labels)}
+             "correlated": (test.all_images(args.seed), test.labels),
+             "biased": (original.all_images(args.seed)[-5000:], original.labels[-5000:])}
     describe_run(out, __file__, args)
     results, stop = {}, StopSignal()
     for seed in args.seeds:

@@ -4,6 +4,7 @@ The digits lie on the device as uint8; a batch is coloured or textured there in 
 is a row of `VARIANTS`; one function, `MnistVariant.images`, draws all of them. Sauer & Geiger 2021, section 4.1.
 """
 import gzip
+import json
 import zlib
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torchvision
 from PIL import Image, ImageColor
 from torchvision.transforms.functional import pil_to_tensor
 
-from data.runs import UserError
+from data.runs import UserError, load_tensors
 from data.synthetic import synthetic_digits, synthetic_textures
 
 SIZE = 32                  # images are SIZE x SIZE
@@ -255,3 +256,33 @@ def load_variant(name, data_dir, *, textures=None, offline=False, seed=0, device
     if row["official_test"] and not offline:
         parts = [(digits, labels), load_digits(data_dir, official_test=True)]
     return tuple(MnistVariant(name, *part, pair, seed + i, device) for i, part in enumerate(parts))
+
+
+def load_counterfactuals(folder, dataset, offline, device):
+    """A data set of generate.py: uint8 (n, 3, 32, 32) on `device`, and the classes of the shapes (n,)."""
+    try:
+        facts = json.loads((folder / "dataset.json").read_text())
+        n, chunks = facts["n"], facts["chunks"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"--counterfactual {folder}: no complete data set of generate.py (dataset.json is missing or "
+                        "damaged); if it was interrupted, run it again with --resume") from None
+    if facts["dataset"] not in (None, dataset):
+        raise UserError(f"--counterfactual {folder}: made for {facts['dataset']}, not {dataset}")
+    if facts["offline"] != offline:
+        raise UserError(f"--counterfactual {folder}: made {'' if facts['offline'] else 'not '}from --offline weights; "
+                        "synthetic digits and MNIST must not be mixed: use the same --offline everywhere")
+    images = torch.empty(n, 3, 32, 32, dtype=torch.uint8, device=device)
+    labels = torch.empty(n, dtype=torch.int64, device=device)
+    start = 0
+    for number in range(chunks):
+        path = folder / f"chunk_{number:05d}.pt"
+        chunk = load_tensors(path)
+        try:
+            stop = start + len(chunk["images"])
+            images[start:stop], labels[start:stop] = chunk["images"], chunk["labels"][:, 0]
+        except (KeyError, TypeError, IndexError, RuntimeError) as error:
+            raise UserError(f"{path}: not a chunk of this data set ({error}); make it again") from None
+        start = stop
+    if start != n or labels.max() > 9:
+        raise UserError(f"--counterfactual {folder}: {start} images where dataset.json promises {n}; make it again")
+    return images, labels

@@ -86,7 +86,7 @@ train_cgn --dataset imagenet --preset small --offline --truncation 0 --out OUT
 . generate GENERATOR --n 3 --batch-size 2147483647
 . generate GENERATOR --n 3 --seed 2147483647
 . generate GENERATOR --n 3 --factual --raw-weights
-. generate GENERATOR --sheet --factual --n 5
+. generate GENERATOR --factual --n 5
 . generate GENERATOR --n 3 --resume auto
 generate GENERATOR --n 3 --resume other
 generate GENERATOR --n 3 --start 2

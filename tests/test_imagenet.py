@@ -355,7 +355,7 @@ def test_interpolation_and_sheet(trained, tmp_path):
     from PIL import Image
     animation = Image.open(tmp_path / "tour" / "animation.gif")
     assert animation.n_frames > 9 and animation.size == (64, 64)
-    run("generate.py", *common, "--sheet", "--mode", "best", "--out", tmp_path / "sheet")
+    run("generate.py", *common, "--mode", "best", "--out", tmp_path / "sheet")
     assert (tmp_path / "sheet" / "sheet.png").is_file()
 
 

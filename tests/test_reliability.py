@@ -7,8 +7,6 @@ import os
 import pickle
 import random
 import resource
-import signal
-import subprocess
 import sys
 import time
 import zipfile
@@ -18,7 +16,7 @@ import torch
 from PIL import Image
 
 import train_cgn
-from conftest import ROOT, SMALL_IMAGENET, SOAK, check_kills, contents, load, run, same, start
+from conftest import SMALL_IMAGENET, SOAK, check_kills, contents, load, run, same, start
 from data.checkpoints import find_checkpoint, finite_step, mend_statistics
 from data.imagenet import Images, counterfactual_images, transform
 from data.mnist import load_textures
@@ -74,19 +72,19 @@ def test_killed_imagenet_generations_end_the_same(small_cgn, tmp_path):
 
 @pytest.mark.parametrize("script", ["generate.py", "train_classifier.py"])
 def test_sigterm_finishes_the_step_and_saves(generator, digits_dir, tmp_path, script):
-    flags = {"generate.py": ["--weights", generator, "--n", 6_000],
+    flags = {"generate.py": ["--weights", generator, "--n", 4_001],
              "train_classifier.py": ["--dataset", "wildlife_mnist", "--data-dir", digits_dir, "--epochs", 15]}[script]
     flags = [*map(str, flags), "--device", "cpu"]
     run(script, *flags, "--out", tmp_path / "whole")
-    process = subprocess.Popen([sys.executable, str(ROOT / script), *flags, "--out", str(tmp_path / "cut")],
-                               stdout=subprocess.PIPE, text=True)
+    output = tmp_path / "stdout", tmp_path / "stderr"
+    process = start(script, *flags, "--out", tmp_path / "cut", output=output)
     begun = {"generate.py": "chunk_00000.pt", "train_classifier.py": "seed_0/checkpoint.pt"}[script]
     while not (tmp_path / "cut" / begun).exists():
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0 and "go on with the same command and --resume" in output
+    process.terminate()
+    process.join()
+    assert process.exitcode == 0 and "go on with the same command and --resume" in output[0].read_text()
     assert contents(tmp_path / "cut").keys() < contents(tmp_path / "whole").keys()
     run(script, *flags, "--resume", "--out", tmp_path / "cut")
     assert same(contents(tmp_path / "whole"), contents(tmp_path / "cut"))

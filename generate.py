@@ -34,9 +34,10 @@ from data.runs import (DOWNLOADS, ROOT, StopSignal, UserError, append_text, clai
                        intact_archive, join_ranks, load_tensors, non_negative_int, pick_bf16, pick_device, positive_int,
                        rank_and_ranks, refuse_group, run_main, save_png, save_tensors, tile_sheet, truncation,
                        wait_for_ranks, write_atomically, write_json)
+from data.sheets import sample_sheet
 from data.weights import find_file, find_or_download
-from train_cgn import (CLASSES, LATENT, load_generator, load_imagenet_generator, sample_sheet, shuffle_patches,
-                       truncated_normal)
+from kernels import shuffle_patches
+from train_cgn import (CLASSES, LATENT, load_generator, load_imagenet_generator, truncated_normal)
 
 CHUNK = 2_000                                              # images in a file
 BLOCK = 1_000                                              # random numbers are drawn for so many images at a time

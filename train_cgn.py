@@ -27,19 +27,17 @@ from data.frozen import STYLE_CONVOLUTIONS, U2Net, VGG16Features, fold, random_n
 from data.mnist import SIZE, VARIANTS, load_variant, to_float
 from data.runs import (DOWNLOADS, ROOT, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction,
                        join_ranks, load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16,
-                       pick_device, positive_int, rank_and_ranks, refuse_group, run_main, save_png, tile_sheet, truncation)
+                       pick_device, positive_int, rank_and_ranks, refuse_group, run_main, save_png, truncation)
+from data.sheets import imagenet_sheet, sample_sheet
 from data.weights import bare_names, check_state_dict, load_network, load_vgg16_features, random_vgg16_features
 from kernels import (UpsampleConv2d, composite_losses_and_copy, normalize_weight, power_iteration, sample_patch_images,
-                     spectral, style_loss, use_triton)
+                     shuffle_patches, spectral, style_loss, use_triton)
 
 # The published settings, except for what the README lists as different. A flag given on the command line wins.
 PRESETS = {
-    "colored_mnist": dict(discriminator="linear", ndf=512, init="orthogonal", init_gain=0.1,
-                          binary_weight=0.1, style_weights=[0.05, 0.1, 0.0, 0.0]),
-    "double_colored_mnist": dict(discriminator="linear", ndf=512, init="orthogonal", init_gain=0.2,
-                                 binary_weight=0.3, style_weights=[0.0, 0.05, 0.0, 0.05]),
-    "wildlife_mnist": dict(discriminator="conv", ndf=32, init="normal", init_gain=0.03,
-                           binary_weight=0.3, style_weights=[0.01, 0.05, 0.0, 0.01]),
+    "colored_mnist": dict(init="orthogonal", init_gain=0.1, binary_weight=0.1, style_weights=[0.05, 0.1, 0.0, 0.0]),
+    "double_colored_mnist": dict(init="orthogonal", init_gain=0.2, binary_weight=0.3, style_weights=[0.0, 0.05, 0.0, 0.05]),
+    "wildlife_mnist": dict(init="normal", init_gain=0.03, binary_weight=0.3, style_weights=[0.01, 0.05, 0.0, 0.01]),
     "imagenet": dict(binary_weight=300.0, style_weights=[4.0, 4.0, 4.0, 4.0], max_steps=300, ema=0.95, log_every=1,
                      sample_every=10, save_every=10, batch_size=16, accumulate=250),
     "imagenet small": dict(max_steps=400, ema=0.98, log_every=20, sample_every=100, save_every=100, batch_size=8,
@@ -119,19 +117,6 @@ class MnistCGN(nn.Module):
     def forward(self, z, y):
         """Mask, foreground and background of one latent and one class, as in training."""
         return self.mask(z, y), self.foreground(z, y), self.background(z, y)
-
-
-def shuffle_patches(texture, offsets):
-    """Move each texture (N, C, H, W) round by its offsets (N, 2), what leaves on one side enters on the other.
-
-    It is a window of the texture tiled 2 x 2, so that no shape can hide in it (appendix B).
-    """
-    n, channels, height, width = texture.shape
-    steps = torch.arange(height, device=texture.device)
-    rows = (steps + offsets[:, :1]) % height                                                         # (N, H)
-    columns = (steps + offsets[:, 1:]) % width                                                       # (N, W)
-    texture = texture.gather(2, rows[:, None, :, None].expand(texture.shape))
-    return texture.gather(3, columns[:, None, None, :].expand(texture.shape))
 
 
 class LinearDiscriminator(nn.Module):
@@ -473,7 +458,7 @@ def discriminator_loss(args, discriminator, x_gt, y_gt, x_gen, y_gen, step):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Weights, averages, samples
+# Weights and averages
 
 
 def load_generator(path, *, raw=False):
@@ -522,43 +507,6 @@ def update_average(average, network, decay):
     torch._foreach_lerp_([a for a, _, v in pairs if not v], [b for _, b, v in pairs if not v], 1 - decay)
     if any(v for *_, v in pairs):
         torch._foreach_copy_([a for a, _, v in pairs if v], [b for _, b, v in pairs if v])
-
-
-@torch.no_grad()
-def sample_sheet(cgn):
-    """Rows are classes; for two latents: mask, foreground, background, composite, and a counterfactual."""
-    device = next(cgn.parameters()).device
-    generator = torch.Generator().manual_seed(0)           # the same latents every time, so that sheets compare
-    y = torch.arange(CLASSES)
-    columns = []
-    for shift in (3, 7):                                   # any other class for the counterfactual's textures
-        z = torch.randn(CLASSES, LATENT, generator=generator).to(device)
-        offsets = torch.randint(SIZE, (2, CLASSES, 2), generator=generator).to(device)
-        mask, foreground, background = cgn(z, y.to(device))
-        foreground, background = (shuffle_patches(t, o) for t, o in zip((foreground, background), offsets))
-        factual = torch.lerp(background, foreground, mask)
-        counterfactual = torch.lerp(background.roll(2 * shift, 0), foreground.roll(shift, 0), mask)
-        columns += [mask.expand(-1, 3, -1, -1) * 2 - 1, foreground, background, factual, counterfactual]
-    titles = ["mask", "foreground", "background", "composite", "counterfact."] * 2
-    return tile_sheet(torch.stack(columns, 1) / 2 + 0.5, titles, [str(c) for c in range(CLASSES)])
-
-
-@torch.no_grad()
-def imagenet_sheet(cgn, cgan, truncation):
-    """Rows are classes: premask, mask, foreground, background, composite, the cGAN's image, and a counterfactual."""
-    generator = torch.Generator().manual_seed(0)           # the same latents every time
-    dtype, device = cgan.embeddings.weight.dtype, cgan.embeddings.weight.device
-    classes, rows = cgan.embeddings.in_features, 6
-    y = torch.linspace(0, classes - 1, rows).long().to(device)
-    z = (truncation * truncated_normal((rows, cgan.z_dim), generator)).to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        premask, mask, foreground, background, _ = cgn(z, y[:, None].expand(-1, 3), truncation)
-        target = cgan(z.to(dtype), y, truncation)
-    images = [premask, mask.expand(-1, 3, -1, -1) * 2 - 1, foreground, background,
-              torch.lerp(background, foreground, mask), target,
-              torch.lerp(background.roll(2, 0), foreground.roll(1, 0), mask)]
-    titles = ["premask", "mask", "foreground", "background", "composite", "cGAN", "counterfact."]
-    return tile_sheet(torch.stack(images, 1) / 2 + 0.5, titles, [str(c) for c in y.tolist()], scale=1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -644,7 +592,7 @@ def prepare_mnist(args, device, bf16):
     per_epoch = len(data) // args.batch_size
     if not per_epoch:
         raise UserError(f"--batch-size {args.batch_size}: larger than the {len(data)} training images")
-    args.last_step = args.max_steps or args.epochs * per_epoch
+    args.last_step = last = args.max_steps or args.epochs * per_epoch
     order = functools.lru_cache(1)(lambda epoch: epoch_order(len(data), args.seed, epoch, device))
 
     def make_step(step):
@@ -656,7 +604,10 @@ def prepare_mnist(args, device, bf16):
         offsets = torch.randint(SIZE, (2, args.batch_size, 2), device=device)
 
         warmup = step < args.warmup
-        optimizers[0].param_groups[0]["lr"] = 0.0 if warmup else args.lr
+        falling = min(1.0, (last - step) / max(args.decay * last, 1))
+        for optimizer, rates in zip(optimizers, ((0.0 if warmup else args.lr, args.norm_lr), (args.lr,))):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = falling * rate
         discriminator.requires_grad_(False)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             mask, *textures = cgn(z, y_gen)
@@ -722,8 +673,13 @@ def prepare_imagenet(args, device, bf16):
                 totals[name] = totals.get(name, 0) + value.detach() / args.accumulate
         return totals, finite_step(optimizers[0], sum(totals.values()))
 
+    def make_sheet():
+        y = torch.linspace(0, classes - 1, 6).long()
+        z = args.truncation * truncated_normal((6, cgn.f_shape.z_dim), torch.Generator().manual_seed(0))
+        return imagenet_sheet(average, cgn.biggan_GT, z.to(device), y.to(device), args.truncation)
+
     parts = {"generator": cgn, "average": average}
-    return parts, optimizers, make_step, lambda: imagenet_sheet(average, cgn.biggan_GT, args.truncation)
+    return parts, optimizers, make_step, make_sheet
 
 
 def train(args, out, device):
@@ -791,7 +747,7 @@ def parse_args(argv=None):
     model = parser.add_argument_group("model")
     model.add_argument("--weights", type=Path, help="start from these generator weights (ours or the published ones)")
     model.add_argument("--discriminator", choices=["linear", "conv", "strided"], default="strided", help="its form")
-    model.add_argument("--ndf", type=positive_int, default=512, help="width of the discriminator")
+    model.add_argument("--ndf", type=positive_int, default=32, help="width of the discriminator")
     model.add_argument("--init", choices=["orthogonal", "normal", "xavier", "kaiming"], default="orthogonal",
                        help="how the generator's weights are drawn")
     model.add_argument("--init-shape", choices=["orthogonal", "normal", "xavier", "kaiming"], default="kaiming",
@@ -807,7 +763,7 @@ def parse_args(argv=None):
     loss.add_argument("--binary-weight", type=non_negative_float, default=0.1, help="mask entropy, in bits")
     loss.add_argument("--style-weights", type=non_negative_float, nargs=4, default=[0.05, 0.1, 0.0, 0.0],
                       metavar="W", help="style loss at relu1_2, relu2_2, relu3_3, relu4_3 of VGG-16")
-    loss.add_argument("--style-every", type=positive_int, default=1, metavar="N",
+    loss.add_argument("--style-every", type=positive_int, default=8, metavar="N",
                       help="compute it in every Nth step only, and count it N times as much")
     loss.add_argument("--border-weight", type=non_negative_float, default=5.0,
                       help="mean mask in the outer 3 pixels; 0 as published")
@@ -820,12 +776,15 @@ def parse_args(argv=None):
                       "the real batch, so that the style loss compares images of one class; or any, as published")
 
     steps = parser.add_argument_group("optimisation")
-    steps.add_argument("--epochs", type=positive_int, default=15, help="passes over the training images")
+    steps.add_argument("--epochs", type=positive_int, default=12, help="passes over the training images")
     steps.add_argument("--max-steps", "--steps", type=positive_int, help="stop at this step, whatever --epochs says")
-    steps.add_argument("--batch-size", type=positive_int, default=16, help="images per step")
-    steps.add_argument("--lr", type=non_negative_float, default=2e-4, help="Adam's learning rate, both networks")
+    steps.add_argument("--batch-size", type=positive_int, default=32, help="images per step")
+    steps.add_argument("--lr", type=non_negative_float, default=1e-3, help="Adam's learning rate, both networks; 2e-4 "
+                       "as published")
     steps.add_argument("--norm-lr", type=non_negative_float, default=2e-3,
                        help="of the generator's BatchNorm weights and biases; 2e-4 as published")
+    steps.add_argument("--decay", type=fraction, default=0.5,
+                       help="last part of the steps, in which learning rates fall to 0; 0 as published")
     steps.add_argument("--ema", type=fraction, default=0.999, help="decay of the generator's moving average")
     steps.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto",
                        help="bf16 arithmetic; auto: where the hardware multiplies it")

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.layers import UpsampleConv2d, normalize_weight, power_iteration, spectral  # noqa: F401  (for the scripts)
+from kernels.layers import (UpsampleConv2d, normalize_weight, power_iteration, shuffle_patches,  # noqa: F401
+                            spectral)
 
 try:
     from kernels import composite, gram

@@ -1,4 +1,4 @@
-"""Layers of the generators in forms that cost less: upsampling within a convolution, and spectral normalisation."""
+"""Layers of the generators in forms that cost less: upsampling within a convolution, spectral normalisation, shuffling."""
 import functools
 
 import torch
@@ -67,3 +67,16 @@ def spectral(layer):
         layer.register_buffer(name, F.normalize(torch.randn(size, device=weight.device), dim=0))
     layer.register_forward_pre_hook(normalize_weight)
     return layer
+
+
+def shuffle_patches(texture, offsets):
+    """Move each texture (N, C, H, W) round by its offsets (N, 2), what leaves on one side enters on the other.
+
+    It is a window of the texture tiled 2 x 2, so that no shape can hide in it (appendix B).
+    """
+    n, channels, height, width = texture.shape
+    steps = torch.arange(height, device=texture.device)
+    rows = (steps + offsets[:, :1]) % height                                                         # (N, H)
+    columns = (steps + offsets[:, 1:]) % width                                                       # (N, W)
+    texture = texture.gather(2, rows[:, None, :, None].expand(texture.shape))
+    return texture.gather(3, columns[:, None, None, :].expand(texture.shape))

@@ -195,5 +195,5 @@ def digits_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def tiny(digits_dir):
     """Flags of a training that takes a second: few digits, no VGG."""
-    return ["--data-dir", digits_dir, "--style-weights", 0, 0, 0, 0, "--device", "cpu", "--ndf", 16, "--max-steps", 6,
+    return ["--data-dir", digits_dir, "--style-weights", 0, 0, 0, 0, "--device", "cpu", "--ndf", 16, "--max-steps", 6, "--decay", 0,
             "--warmup", 2, "--log-every", 2, "--sample-every", 0, "--save-every", 3]

@@ -8,9 +8,9 @@ import kernels
 from conftest import fixture_files, folder_from
 from data.frozen import VGG16Features
 from data.weights import load_vgg16_features
-from kernels import StyleLoss, UpsampleConv2d, composite_losses, gram_matrix, style_loss
+from kernels import StyleLoss, UpsampleConv2d, composite_losses, gram_matrix, shuffle_patches, style_loss
 from train_cgn import (LinearDiscriminator, StridedDiscriminator, adversarial_loss, border_loss, discriminator_loss,
-                       load_generator, perceptual_loss, shuffle_patches)
+                       load_generator, perceptual_loss)
 
 STYLES = {"style_imagenet_4444": [4, 4, 4, 4], "style_text_0550": [0, 5, 5, 0],
           "style_colored": [0.05, 0.1, 0.01, 0.0],

@@ -38,23 +38,24 @@ def trained(digits_dir, tmp_path_factory):
 
 def test_offline_chain_from_nothing(tmp_path):
     common = ["--dataset", "colored_mnist", "--offline", "--device", "cpu"]
-    done = run("train_cgn.py", *common, "--warmup", 1, "--max-steps", 3, "--log-every", 1, "--out",
-               tmp_path / "cgn")
+    done = run("train_cgn.py", *common, "--warmup", 1, "--max-steps", 3, "--style-every", 2, "--log-every", 1,
+               "--out", tmp_path / "cgn")
     assert "OFFLINE" in done.stdout
     lines = [json.loads(line) for line in (tmp_path / "cgn" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[0].keys() == {"step", "border", "frame", "mask"}                     # warm-up
-    assert lines[1].keys() == lines[0].keys() | {"adversarial", "binary", "style", "discriminator"}
+    assert lines[1].keys() == lines[0].keys() | {"adversarial", "binary", "discriminator"}
+    assert lines[2].keys() == lines[1].keys() | {"style"}                             # in every second step
     assert all(abs(value) < 100 for line in lines for value in line.values())
     facts = json.loads((tmp_path / "cgn" / "args.json").read_text())
-    assert facts["args"]["offline"] and facts["args"]["discriminator"] == "linear" and facts["torch"]
+    assert facts["args"]["offline"] and facts["args"]["discriminator"] == "strided" and facts["torch"]
     run("generate.py", "--weights", tmp_path / "cgn" / "weights.pt", "--n", 300, "--out", tmp_path / "cf")
     assert json.loads((tmp_path / "cf" / "dataset.json").read_text())["offline"]
     run("train_classifier.py", *common, "--train", "both", "--counterfactual", tmp_path / "cf", "--epochs", 1,
         "--max-steps", 20, "--seeds", 0, 1, "--out", tmp_path / "classifier")
     results = json.loads((tmp_path / "classifier" / "results.json").read_text())
     assert results["offline"] and set(results["seeds"]) == {"0", "1"}
-    for name in ("train", "decorrelated", "correlated"):
+    for name in ("train", "decorrelated", "correlated", "biased"):
         values = [seed[name] for seed in results["seeds"].values()]
         assert all(5 < value <= 100 for value in values)
         assert results["summary"][name]["mean"] == pytest.approx(sum(values) / 2)
@@ -148,7 +149,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, tiny, dataset):
 
 def test_published_settings_and_other_forms_train(tmp_path, tiny):
     flags = ["--dataset", "colored_mnist", *tiny, "--max-steps", 9, "--warmup", 0, "--log-every", 1]
-    published = ["--adversarial", "squares", "--r1", 0, "--init-shape", "orthogonal", "--labels", "uniform"]
+    published = ["--adversarial", "squares", "--r1", 0, "--style-every", 1, "--init-shape", "orthogonal", "--labels", "uniform"]
     logs = {}
     for name, more in {"linear": [*published, "--discriminator", "linear"], "conv": [*published, "--discriminator", "conv"],
                        "strided": [], "no penalty": ["--r1", 0]}.items():
@@ -250,8 +251,8 @@ def test_presets_are_defaults_and_flags_win():
         args = vars(parse_args(["--dataset", dataset, "--out", "x", *(["--preset", "small"] if small else [])]))
         assert preset.items() <= args.items()
         args = vars(parse_args(["--dataset", dataset, "--out", "x", "--init", "xavier", "--binary-weight", "7"]))
-        assert args["init"] == "xavier" and args["binary_weight"] == 7 and args["ndf"] == preset.get("ndf", 512)
-    assert parse_args(["--out", "x", "--ndf", "5", "--dataset=wildlife_mnist"]).discriminator == "conv"
+        assert args["init"] == "xavier" and args["binary_weight"] == 7 and args["ndf"] == preset.get("ndf", 32)
+    assert parse_args(["--out", "x", "--ndf", "5", "--dataset=wildlife_mnist"]).init == "normal"
 
 
 MISTAKES = {
@@ -288,7 +289,7 @@ MISTAKES = {
     "checkpoint missing": ("train_cgn.py --dataset colored_mnist --data-dir DIGITS --style-weights 0 0 0 0 "
                            "--resume NOWHERE --out OUT", "no such file"),
     "checkpoint of other settings": ("train_cgn.py --dataset colored_mnist --data-dir DIGITS --style-weights 0 0 0 0 "
-                                     "--lr 1 --warmup 5 --resume TRAINED/checkpoint.pt --out OUT", "lr = 0.0002"),
+                                     "--lr 1 --warmup 5 --resume TRAINED/checkpoint.pt --out OUT", "lr = 0.001"),
     "weights truncated": ("generate.py --weights CUT --out OUT", "CUT"),
     "weights foreign": ("generate.py --weights FOREIGN --out OUT", "FOREIGN"),
     "weights missing": ("generate.py --weights NOWHERE --out OUT", "NOWHERE"),
@@ -296,8 +297,8 @@ MISTAKES = {
                                    "was trained on colored_mnist"),
     "zero images": ("generate.py --weights TRAINED/weights.pt --n 0 --out OUT", "--n"),
     "negative per shape": ("generate.py --weights TRAINED/weights.pt --per-shape -1 --out OUT", "--per-shape"),
-    "counterfactuals not given": ("train_classifier.py --dataset colored_mnist --train both --out OUT",
-                                  "--counterfactual"),
+    "counterfactuals not given": ("train_classifier.py --dataset colored_mnist --offline --train both --out OUT",
+                                  "needs --counterfactual"),
     "counterfactuals not wanted": ("train_classifier.py --dataset colored_mnist --counterfactual X --out OUT",
                                    "--counterfactual"),
     "counterfactuals missing": ("train_classifier.py --dataset colored_mnist --data-dir DIGITS --train both "

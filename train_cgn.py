@@ -735,59 +735,55 @@ def train(args, out, device):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    data = parser.add_argument_group("data")
+    data = parser.add_argument_group("data and weights")
     data.add_argument("--dataset", required=True, choices=[*VARIANTS, "imagenet"], help="sets the defaults below too")
-    data.add_argument("--data-dir", type=Path, default=DOWNLOADS, help="folder with MNIST's files; fetched if missing")
     data.add_argument("--weights-dir", type=Path, default=DOWNLOADS, help="folder with VGG-16; fetched if missing")
-    data.add_argument("--textures", help="wildlife: folder with object/ and background/, 10 images each, or 'dtd' to "
-                      "fetch the published photographs; ours are drawn if not given")
+    data.add_argument("--weights", type=Path, help="start from these generator weights (ours or the published ones)")
     data.add_argument("--offline", action="store_true", help="synthetic digits and a random-feature VGG: no number "
                       "from such a run says anything about MNIST")
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--weights", type=Path, help="start from these generator weights (ours or the published ones)")
-    model.add_argument("--discriminator", choices=["linear", "conv", "strided"], default="strided", help="its form")
-    model.add_argument("--ndf", type=positive_int, default=32, help="width of the discriminator")
-    model.add_argument("--init", choices=["orthogonal", "normal", "xavier", "kaiming"], default="orthogonal",
-                       help="how the generator's weights are drawn")
-    model.add_argument("--init-shape", choices=["orthogonal", "normal", "xavier", "kaiming"], default="kaiming",
-                       help="those of the shape mechanism; small ones lose the latent: the first layer's bias outgrows "
-                       "it, and a class gets one shape; as --init in the published settings")
-    model.add_argument("--init-gain", type=non_negative_float, default=0.1, help="scale of --init")
-
-    loss = parser.add_argument_group("losses (0 leaves one out)")
-    loss.add_argument("--adversarial", choices=["squares", "logistic"], default="logistic", help="form of the GAN's loss; "
-                      "squares as published")
-    loss.add_argument("--r1", type=non_negative_float, default=0.15,
-                      help="gradient penalty of the discriminator at real images; 0 as published")
-    loss.add_argument("--binary-weight", type=non_negative_float, default=0.1, help="mask entropy, in bits")
-    loss.add_argument("--style-weights", type=non_negative_float, nargs=4, default=[0.05, 0.1, 0.0, 0.0],
-                      metavar="W", help="style loss at relu1_2, relu2_2, relu3_3, relu4_3 of VGG-16")
-    loss.add_argument("--style-every", type=positive_int, default=8, metavar="N",
-                      help="compute it in every Nth step only, and count it N times as much")
-    loss.add_argument("--border-weight", type=non_negative_float, default=5.0,
-                      help="mean mask in the outer 3 pixels; 0 as published")
-    loss.add_argument("--frame-weight", type=non_negative_float, default=10.0,
-                      help="colours of the background against those in the real image's outer 3 pixels; 0 as published")
-    loss.add_argument("--warmup", type=non_negative_int, default=1000,
-                      help="first steps, in which the two losses above alone act, on BatchNorm weights and biases: they "
-                      "settle the background first; 0 as published")
-    loss.add_argument("--labels", choices=["batch", "uniform"], default="batch", help="classes to generate: those of "
-                      "the real batch, so that the style loss compares images of one class; or any, as published")
-
-    steps = parser.add_argument_group("optimisation")
-    steps.add_argument("--epochs", type=positive_int, default=12, help="passes over the training images")
+    steps = parser.add_argument_group("losses and steps")
+    steps.add_argument("--binary-weight", type=non_negative_float, default=0.1, help="mask entropy, in bits; 0: none")
+    steps.add_argument("--style-weights", type=non_negative_float, nargs=4, default=[0.05, 0.1, 0.0, 0.0],
+                       metavar="W", help="style loss at relu1_2, relu2_2, relu3_3, relu4_3 of VGG-16; 0: none")
     steps.add_argument("--max-steps", "--steps", type=positive_int, help="stop at this step, whatever --epochs says")
     steps.add_argument("--batch-size", type=positive_int, default=32, help="images per step")
-    steps.add_argument("--lr", type=non_negative_float, default=1e-3, help="Adam's learning rate, both networks; 2e-4 "
-                       "as published")
-    steps.add_argument("--norm-lr", type=non_negative_float, default=2e-3,
-                       help="of the generator's BatchNorm weights and biases; 2e-4 as published")
-    steps.add_argument("--decay", type=fraction, default=0.5,
-                       help="last part of the steps, in which learning rates fall to 0; 0 as published")
     steps.add_argument("--ema", type=fraction, default=0.999, help="decay of the generator's moving average")
     steps.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto",
                        help="bf16 arithmetic; auto: where the hardware multiplies it")
+
+    mnist = parser.add_argument_group("MNIST")
+    mnist.add_argument("--data-dir", type=Path, default=DOWNLOADS, help="folder with MNIST's files; fetched if missing")
+    mnist.add_argument("--textures", help="wildlife: folder with object/ and background/, 10 images each, or 'dtd' to "
+                       "fetch the published photographs; ours are drawn if not given")
+    mnist.add_argument("--discriminator", choices=["linear", "conv", "strided"], default="strided", help="its form")
+    mnist.add_argument("--ndf", type=positive_int, default=32, help="width of the discriminator")
+    forms = ["orthogonal", "normal", "xavier", "kaiming"]
+    mnist.add_argument("--init", choices=forms, default="orthogonal", help="how the generator's weights are drawn")
+    mnist.add_argument("--init-shape", choices=forms, default="kaiming", help="those of the shape mechanism: if they "
+                       "are small, each class ends with one shape; as --init in the published settings")
+    mnist.add_argument("--init-gain", type=non_negative_float, default=0.1, help="scale of --init")
+    mnist.add_argument("--adversarial", choices=["squares", "logistic"], default="logistic",
+                       help="form of the GAN's loss; squares as published")
+    mnist.add_argument("--r1", type=non_negative_float, default=0.15,
+                       help="gradient penalty of the discriminator at real images; 0 as published")
+    mnist.add_argument("--style-every", type=positive_int, default=8, metavar="N",
+                       help="compute the style loss in every Nth step only, and count it N times as much")
+    mnist.add_argument("--border-weight", type=non_negative_float, default=5.0,
+                       help="mean mask in the outer 3 pixels; 0 as published")
+    mnist.add_argument("--frame-weight", type=non_negative_float, default=10.0,
+                       help="colours of the background against those in the real image's outer 3 pixels; 0 as published")
+    mnist.add_argument("--warmup", type=non_negative_int, default=1000,
+                       help="first steps, in which the two losses above alone act, on BatchNorm weights and biases: they "
+                       "settle the background first; 0 as published")
+    mnist.add_argument("--labels", choices=["batch", "uniform"], default="batch", help="classes to generate: those of "
+                       "the real batch, so that the style loss compares images of one class; or any, as published")
+    mnist.add_argument("--epochs", type=positive_int, default=12, help="passes over the training images")
+    mnist.add_argument("--lr", type=non_negative_float, default=1e-3, help="Adam's, both networks; 2e-4 as published")
+    mnist.add_argument("--norm-lr", type=non_negative_float, default=2e-3,
+                       help="of the generator's BatchNorm weights and biases; 2e-4 as published")
+    mnist.add_argument("--decay", type=fraction, default=0.5,
+                       help="last part of the steps, in which learning rates fall to 0; 0 as published")
 
     net = parser.add_argument_group("ImageNet")
     net.add_argument("--preset", choices=["full", "small"], default="full", help="256 x 256 with published weights, or "
@@ -831,8 +827,7 @@ def parse_args(argv=None):
     if (known.dataset, known.preset) == ("imagenet", "small"):
         parser.set_defaults(**PRESETS["imagenet small"])
     args = parser.parse_args(argv)
-    if args.dataset != "imagenet":
-        refuse_group(parser, net, args)
+    refuse_group(parser, mnist if args.dataset == "imagenet" else net, args)
     return args
 
 

@@ -82,6 +82,8 @@ train_cgn TINY --device banana
 train_cgn TINY --resume OUT
 train_cgn --dataset wildlife_mnist --data-dir DIGITS --textures NOWHERE --out OUT
 train_cgn --dataset imagenet --preset small --offline --truncation 0 --out OUT
+train_cgn --dataset imagenet --preset small --offline --style-every 3 --out OUT
+train_cgn --dataset imagenet --preset small --offline --lr 1e-4 --out OUT
 . generate GENERATOR --n 1 --per-shape 2147483647
 . generate GENERATOR --n 3 --batch-size 2147483647
 . generate GENERATOR --n 3 --seed 2147483647

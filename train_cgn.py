@@ -36,7 +36,8 @@ from kernels import (UpsampleConv2d, composite_losses_and_copy, normalize_weight
 # The published settings, except for what the README lists as different. A flag given on the command line wins.
 PRESETS = {
     "colored_mnist": dict(init="orthogonal", init_gain=0.1, binary_weight=0.1, style_weights=[0.05, 0.1, 0.0, 0.0]),
-    "double_colored_mnist": dict(init="orthogonal", init_gain=0.2, binary_weight=0.3, style_weights=[0.0, 0.05, 0.0, 0.05]),
+    "double_colored_mnist": dict(init="orthogonal", init_gain=0.2, binary_weight=0.3, border_weight=20.0,
+                                 style_weights=[0.0, 0.05, 0.0, 0.05]),
     "wildlife_mnist": dict(init="normal", init_gain=0.03, binary_weight=0.3, style_weights=[0.01, 0.05, 0.0, 0.01]),
     "imagenet": dict(binary_weight=300.0, style_weights=[4.0, 4.0, 4.0, 4.0], max_steps=300, ema=0.95, log_every=1,
                      sample_every=10, save_every=10, batch_size=16, accumulate=250),

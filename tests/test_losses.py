@@ -38,6 +38,8 @@ def test_losses_match_the_published_ones(file, backend):
     if backend == "triton" and kernels.gram is None:
         pytest.skip("triton is not installed")
     device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    if backend == "triton" and device == "cpu" and file and "64" in file.name:
+        pytest.skip("in the interpreter, 32 x 32 says as much")
     content = torch.load(file, weights_only=True, map_location=device)
     inputs = {name: content[name] for name in ("mask", "foreground", "background")}
     composite = composite_losses(*inputs.values()).composite

@@ -16,7 +16,7 @@ from conftest import ROOT, folder_from, load, run, same, start, write_idx
 from data.mnist import VARIANTS
 from data.runs import HELD, run_main
 from train_classifier import turned
-from train_cgn import PRESETS, load_generator, parse_args
+from train_cgn import PRESETS, border_loss, load_generator, parse_args
 
 
 def without_args(checkpoint):
@@ -117,6 +117,22 @@ def test_sheets(trained, tmp_path):
     assert pictures.keys() == names
     assert len({picture.tobytes() for picture in pictures.values()}) == len(names)
     assert not list((tmp_path / "a").glob("chunk*"))
+
+
+@pytest.mark.parametrize("dataset", VARIANTS)
+def test_generators_that_come_along(dataset, tmp_path):
+    path = ROOT / "data" / "pretrained" / f"{dataset}.pt"
+    content = load(path)
+    assert content["args"]["dataset"] == dataset and path.stat().st_size < 1.5e6
+    assert {value.dtype for value in content["average"].values() if value.is_floating_point()} == {torch.float16}
+    cgn, y = load_generator(path)[0], torch.arange(10).repeat_interleave(50)
+    with torch.no_grad():
+        mask = cgn.mask(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)), y)
+    for digit in mask.view(10, 50, 32, 32):                # objects within the frame, crisp, and not one shape for all
+        assert 0.03 < digit.mean() < 0.4 and border_loss(digit[:, None]) < 0.1
+        assert ((digit < 0.05) | (digit > 0.95)).float().mean() > 0.8 and digit.std(0).mean() > 0.05
+    run("generate.py", "--dataset", dataset, "--out", tmp_path / "pictures")
+    assert (tmp_path / "pictures" / "counterfactuals.png").is_file()
 
 
 def test_published_weights_serve_every_script(tmp_path, tiny):

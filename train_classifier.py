@@ -539,6 +539,8 @@ def parse_args(argv=None):
         parser.set_defaults(epochs=45, batch_size=256, lr=0.001)
     args = parser.parse_args(argv)
     refuse_group(parser, digits if imagenet else net, args)
+    if args.environments > args.batch_size:
+        parser.error(f"--environments {args.environments}: a batch of {args.batch_size} cannot hold an image of each")
     if args.evaluate and not args.weights:
         parser.error("--evaluate needs --weights, a classifier's weights.pt")
     return args

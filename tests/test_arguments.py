@@ -96,7 +96,8 @@ generate GENERATOR --n 3 --truncation 0.3
 generate GENERATOR --n 3 --save mask
 generate GENERATOR --n 3 --dataset cifar
 generate GENERATOR --n 3 --dataset imagenet
-generate --n 3 --out OUT
+. generate --n 3 --out OUT
+generate --n 3 --dataset cifar --out OUT
 . train_classifier DIGIT --batch-size 2147483647
 . train_classifier DIGIT --lr 0 --gamma 0
 . train_classifier DIGIT --gamma 1e30 --epochs 2
@@ -104,7 +105,12 @@ generate --n 3 --out OUT
 . train_classifier DIGIT --seeds 2147483647 --seed 2147483647
 . train_classifier DIGIT --explain 2147483647
 . train_classifier DIGIT --bad-steps 1
-train_classifier DIGIT --train both
+. train_classifier DIGIT --train both --n 50
+train_classifier DIGIT --train both --offline
+. train_classifier DIGIT --method irm --environments 64 --penalty 1e30
+. train_classifier DIGIT --method lnl --penalty 0 --augment 1
+train_classifier DIGIT --method irm --environments 65
+train_classifier DIGIT --method erm
 train_classifier DIGIT --counterfactual NOWHERE
 train_classifier DIGIT --train counterfactual --counterfactual DIGITS
 train_classifier DIGIT --weights GENERATORFILE

@@ -354,7 +354,7 @@ def test_training_with_either_kernels_logs_the_same_losses(tmp_path, monkeypatch
     logs = []
     for backend in ("triton", "eager"):
         monkeypatch.setattr(sys, "argv", [
-            "train_cgn.py", "--dataset", "colored_mnist", "--offline", "--warmup", "1", "--max-steps", "2",
+            "train_cgn.py", "--dataset", "colored_mnist", "--offline", "--warmup", "1", "--max-steps", "2", "--style-every", "1",
             "--log-every", "1", "--sample-every", "0", "--batch-size", "3", "--device", DEVICE, "--amp", "off",
             "--kernels", backend, "--out", str(tmp_path / backend)])
         train_cgn.main()

@@ -266,8 +266,8 @@ def test_presets_are_defaults_and_flags_win():
         dataset, *small = name.split()                     # "imagenet small": --dataset imagenet --preset small
         args = vars(parse_args(["--dataset", dataset, "--out", "x", *(["--preset", "small"] if small else [])]))
         assert preset.items() <= args.items()
-        args = vars(parse_args(["--dataset", dataset, "--out", "x", "--init", "xavier", "--binary-weight", "7"]))
-        assert args["init"] == "xavier" and args["binary_weight"] == 7 and args["ndf"] == preset.get("ndf", 32)
+        args = vars(parse_args(["--dataset", dataset, "--out", "x", "--ema", "0.5", "--binary-weight", "7"]))
+        assert args["ema"] == 0.5 and args["binary_weight"] == 7 and args["ndf"] == preset.get("ndf", 32)
     assert parse_args(["--out", "x", "--ndf", "5", "--dataset=wildlife_mnist"]).init == "normal"
 
 

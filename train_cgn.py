@@ -582,7 +582,8 @@ def prepare_mnist(args, device, bf16):
     data, _ = load_variant(args.dataset, args.data_dir, textures=args.textures, offline=args.offline, seed=args.seed,
                            device=device)
     vgg = load_vgg(args, device, bf16, args.style_weights)
-    cgn = load_generator(args.weights)[0].train() if args.weights else MnistCGN(32, args.init, args.init_gain, args.init_shape)
+    cgn = (load_generator(args.weights)[0].train() if args.weights
+           else MnistCGN(32, args.init, args.init_gain, args.init_shape))
     average = MnistCGN().requires_grad_(False)
     average.load_state_dict(cgn.state_dict())
     cgn, average = cgn.to(device), average.to(device)

@@ -1,4 +1,4 @@
-"""The frozen pretrained networks: VGG-16's features for the style losses, and U^2-Net for ImageNet's masks; constants folded."""
+"""The frozen pretrained networks: VGG-16's features for the style losses, U^2-Net for masks; folding of constants."""
 import torch
 import torch.nn as nn
 import torch.nn.functional as F

@@ -1,12 +1,12 @@
 """Generate counterfactual images with a trained CGN (Sauer & Geiger, ICLR 2021, section 3.3).
 
     python generate.py                                            # pictures to look at, of the weights that come along
-    python generate.py --dataset wildlife_mnist --n 100000 --per-shape 10 --out runs/wildlife-cf            # a data set
+    python generate.py --dataset wildlife_mnist --n 100000 --out runs/wildlife-cf                           # a data set
     python generate.py --weights runs/first/weights.pt --n 100000 --factual --out runs/first-factual   # one label for all
 
 A data set is a folder of chunk_00000.pt, chunk_00001.pt, ..., each with `images`, uint8 (n, 3, 32, 32), and `labels`,
 uint8 (n, 3): the classes of shape, texture and background. dataset.json is written last, when all chunks are there.
-Image i depends on the seed, --per-shape and i alone, so an interrupted run goes on with --resume.
+Image i depends on the seed, --per-shape, --jitter and i alone, so an interrupted run goes on with --resume.
 
     python generate.py --dataset imagenet --n 50000 --out runs/counterfactuals          # the authors' weights, fetched
     python generate.py --dataset imagenet --shape tabby --texture zebra --n 8 --out runs/cats
@@ -31,9 +31,9 @@ from PIL import Image
 from data.frozen import fold
 from data.mnist import SIZE, VARIANTS
 from data.runs import (DOWNLOADS, ROOT, StopSignal, UserError, append_text, claim_folder, describe_run, file_sha256,
-                       intact_archive, join_ranks, load_tensors, non_negative_int, pick_bf16, pick_device, positive_int,
-                       rank_and_ranks, refuse_group, run_main, save_png, save_tensors, tile_sheet, truncation,
-                       wait_for_ranks, write_atomically, write_json)
+                       intact_archive, join_ranks, load_tensors, non_negative_float, non_negative_int, pick_bf16,
+                       pick_device, positive_int, rank_and_ranks, refuse_group, run_main, save_png, save_tensors,
+                       tile_sheet, truncation, wait_for_ranks, write_atomically, write_json)
 from data.sheets import sample_sheet
 from data.weights import find_file, find_or_download
 from kernels import shuffle_patches
@@ -51,15 +51,16 @@ SHAPE, TEXTURE, BACKGROUND = range(3)                      # mechanisms, each wi
 
 
 def draw_block(seed, stream, number):
-    """Latents (BLOCK, 32), classes (BLOCK,) and shuffling offsets (BLOCK, 2) of one block of one mechanism."""
+    """Of one block of one mechanism: latents (BLOCK, 32), classes (BLOCK,), shuffling offsets (BLOCK, 2), and shifts of
+    the colour (BLOCK, 3), N(0, 1)."""
     digest = hashlib.sha256(f"{seed} {stream} {number}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return (torch.randn(BLOCK, LATENT, generator=generator), torch.randint(CLASSES, (BLOCK,), generator=generator),
-            torch.randint(SIZE, (BLOCK, 2), generator=generator))
+            torch.randint(SIZE, (BLOCK, 2), generator=generator), torch.randn(BLOCK, 3, generator=generator))
 
 
 def draw(seed, stream, start, stop):
-    """Latents, classes and offsets of numbers start..stop-1, drawn on the CPU, so that every device agrees."""
+    """Latents, classes, offsets and shifts of numbers start..stop-1, drawn on the CPU, so that every device agrees."""
     first = start // BLOCK
     blocks = [draw_block(seed, stream, number) for number in range(first, (stop - 1) // BLOCK + 1)]
     return [torch.cat(parts)[start - first * BLOCK:stop - first * BLOCK] for parts in zip(*blocks)]
@@ -70,15 +71,15 @@ def draw(seed, stream, start, stop):
 
 
 def make(mechanism, seed, stream, start, stop, device):
-    """Outputs, classes and offsets of numbers start..stop-1 of a stream.
+    """Outputs and classes of numbers start..stop-1 of a stream.
 
     The network always sees whole slices of SLICE latents that begin at multiples of SLICE: kernels round differently
     for other batch sizes, and some pixel would tip over to the next of its 256 values.
     """
     first, last = start // SLICE * SLICE, -(-stop // SLICE) * SLICE
-    z, y, offsets = draw(seed, stream, first, last)
+    z, y = draw(seed, stream, first, last)[:2]
     outputs = [mechanism(*part) for part in zip(z.to(device).split(SLICE), y.to(device).split(SLICE))]
-    return [x[start - first:stop - first] for x in (torch.cat(outputs), y, offsets)]
+    return [x[start - first:stop - first] for x in (torch.cat(outputs), y)]
 
 
 @torch.inference_mode()
@@ -86,13 +87,14 @@ def generate_batch(cgn, args, start, stop, device):
     """Images start..stop-1 of the data set: uint8 (n, 3, 32, 32), labels uint8 (n, 3), both on the CPU."""
     shape_of = torch.arange(start, stop) // args.per_shape                                # each mask serves per_shape
     first = start // args.per_shape
-    mask, y, _ = make(cgn.mask, args.seed, SHAPE, first, (stop - 1) // args.per_shape + 1, device)
+    mask, y = make(cgn.mask, args.seed, SHAPE, first, (stop - 1) // args.per_shape + 1, device)
     mask, classes, textures = mask[(shape_of - first).to(device)], [y[shape_of - first]], []
     for stream, mechanism in ((TEXTURE, cgn.foreground), (BACKGROUND, cgn.background)):
-        offsets = draw(args.seed, stream, start, stop)[2]
+        offsets, shifts = (x.to(device) for x in draw(args.seed, stream, start, stop)[2:])
         # Factual images are as in training: one latent and one class for all three mechanisms.
-        texture, y, _ = make(mechanism, args.seed, SHAPE if args.factual else stream, start, stop, device)
-        textures.append(shuffle_patches(texture, offsets.to(device)))
+        texture, y = make(mechanism, args.seed, SHAPE if args.factual else stream, start, stop, device)
+        texture = shuffle_patches(texture, offsets) + 2 * args.jitter * shifts[..., None, None]
+        textures.append(texture.clamp_(-1, 1))
         classes.append(y)
     images = torch.lerp(textures[1], textures[0], mask).add_(1).mul_(127.5).round_().to(torch.uint8)
     return images.cpu(), torch.stack(classes, 1).to(torch.uint8)
@@ -100,7 +102,7 @@ def generate_batch(cgn, args, start, stop, device):
 
 def generate_dataset(cgn, args, out, device):
     """Write the chunks that are missing, then dataset.json. Memory stays that of one chunk."""
-    settings = {name: getattr(args, name) for name in ("seed", "per_shape", "factual", "weights_sha256")}
+    settings = {name: getattr(args, name) for name in ("seed", "per_shape", "jitter", "factual", "weights_sha256")}
     starts, signal = range(0, args.n, CHUNK), StopSignal()
     for number, start in enumerate(starts):
         stop = min(start + CHUNK, args.n)
@@ -153,7 +155,7 @@ def counterfactual_sheet(cgn, seed, device):
     mask = cgn.mask(z, y)
     textures = []
     for stream, mechanism in ((TEXTURE, cgn.foreground), (BACKGROUND, cgn.background)):
-        z, _, offsets = (x.to(device) for x in draw(seed, stream, 0, CLASSES))
+        z, _, offsets = (x.to(device) for x in draw(seed, stream, 0, CLASSES)[:3])
         textures.append(shuffle_patches(mechanism(z, (y + 3 * (stream == BACKGROUND)) % CLASSES), offsets))
     foreground, background = textures
     composites = torch.lerp(background[None], foreground[None], mask[:, None])                       # (10, 10, 3, ...)
@@ -165,7 +167,7 @@ def counterfactual_sheet(cgn, seed, device):
 @torch.inference_mode()
 def interpolation_sheet(cgn, mechanisms, seed, device, steps=11):
     """Row c goes from class c to c + 1 in the given mechanisms, by its class embedding, with the latents fixed."""
-    z, _, offsets = (x.to(device) for x in draw(seed, SHAPE, 0, CLASSES))
+    z, _, offsets = (x.to(device) for x in draw(seed, SHAPE, 0, CLASSES)[:3])
     y = torch.arange(CLASSES, device=device)
     start, end = cgn.label_emb(y), cgn.label_emb((y + 1) % CLASSES)
     columns = []
@@ -438,9 +440,11 @@ def parse_args(argv=None):
     parser.add_argument("--dataset", help="colored_mnist if neither this nor --weights is given; weights that were "
                         "trained on another are refused; published weights do not tell")
     parser.add_argument("--n", type=positive_int, help="images in the data set; if not given, pictures to look at")
-    parser.add_argument("--per-shape", type=positive_int, default=10, help="texture and background pairs per mask")
+    parser.add_argument("--per-shape", type=positive_int, default=1, help="texture and background pairs per mask")
+    parser.add_argument("--jitter", type=non_negative_float, default=0.05, metavar="S",
+                        help="shift the colours of each foreground and each background by N(0, S); they are 0 to 1")
     parser.add_argument("--factual", action="store_true", help="one latent and one class for all three mechanisms: "
-                        "the generator's idea of the training data (sets --per-shape 1)")
+                        "the generator's idea of the training data (sets --per-shape 1 --jitter 0)")
     parser.add_argument("--raw-weights", action="store_true", help="use the weights, not their moving average")
     parser.add_argument("--out", type=Path, default="runs/generated", help="folder; new, empty, or continued with --resume")
     parser.add_argument("--resume", nargs="?", const="auto", choices=["auto"],
@@ -469,7 +473,7 @@ def parse_args(argv=None):
     if args.dataset != "imagenet":
         refuse_group(parser, net, args)
     if args.factual:
-        args.per_shape = 1
+        args.per_shape, args.jitter = 1, 0.0
     if args.dataset == "imagenet" and args.batch_size == parser.get_default("batch_size"):
         args.batch_size = 16
     return args

@@ -685,7 +685,7 @@ def prepare_imagenet(args, device, bf16):
 
 
 def train(args, out, device):
-    """The loop: steps, log, sheets, checkpoints; rank 0 writes."""
+    """The loop: steps, log, sheets, checkpoints; rank 0 writes. Returns whether it came to its end."""
     torch.manual_seed(args.seed)
     bf16, (rank, ranks) = pick_bf16(args.amp, device), rank_and_ranks()
     prepare = prepare_imagenet if args.dataset == "imagenet" else prepare_mnist
@@ -725,9 +725,10 @@ def train(args, out, device):
         if stopping and done < last:
             if rank == 0:
                 print(f"\nstopped after step {done}; go on with the same command and --resume")
-            return
+            return False
     if rank == 0:
         print(f"{out / 'sheet.png'} shows the mechanisms; next: python generate.py --weights {out / 'weights.pt'}")
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -811,6 +812,8 @@ def parse_args(argv=None):
     run.add_argument("--resume", nargs="?", const="auto", metavar="FILE",
                      help="continue from OUT/checkpoint.pt if it is there, or from FILE")
     run.add_argument("--seed", type=non_negative_int, default=0, help="same seed, same device: same run")
+    run.add_argument("--seeds", type=non_negative_int, nargs="+", metavar="SEED",
+                     help="a run for each, one after the other, in OUT/seed_0, ...")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     run.add_argument("--kernels", choices=["auto", "triton", "eager"], default="auto",
                      help="composite and style loss; auto: Triton on a GPU, plain PyTorch elsewhere")
@@ -830,6 +833,8 @@ def parse_args(argv=None):
         parser.set_defaults(**PRESETS["imagenet small"])
     args = parser.parse_args(argv)
     refuse_group(parser, mnist if args.dataset == "imagenet" else net, args)
+    if args.seeds and args.resume not in (None, "auto"):
+        parser.error(f"--resume {args.resume}: one checkpoint cannot continue several --seeds; give --resume alone")
     return args
 
 
@@ -844,11 +849,15 @@ def main():
         raise UserError(f"--kernels {args.kernels}: {error}")
     if rank_and_ranks()[1] > 1 and args.dataset != "imagenet":
         raise UserError("several GPUs: only for --dataset imagenet; MNIST fits one")
-    out = claim_folder(args.out, __file__, args.resume) if rank_and_ranks()[0] == 0 else args.out
     if args.offline:
         print("OFFLINE: synthetic digits, drawn textures, random networks. No number of this run says anything of "
               "MNIST or ImageNet.")
-    train(args, out, device)
+    folder, seeds = args.out, args.__dict__.pop("seeds")
+    for args.seed in dict.fromkeys(seeds or [args.seed]):
+        args.out = folder / f"seed_{args.seed}" if seeds else folder
+        out = claim_folder(args.out, __file__, args.resume) if rank_and_ranks()[0] == 0 else args.out
+        if not train(args, out, device):
+            break
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """What the digit classifiers are compared with: penalties against numbers by hand, and what they do to a shortcut."""
+import copy
 import json
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 
 from conftest import load, run, same
 from data.baselines import ColourHead, ReverseGradient, invariance_penalty, shaken_colours
+from train_classifier import MnistClassifier
 
 
 def test_environments_shake_colours_more_and_more():
@@ -49,6 +51,24 @@ def test_the_gradient_is_reversed():
     x = torch.ones(3, requires_grad=True)
     ReverseGradient.apply(x, 0.5).sum().backward()
     assert x.grad.tolist() == [-0.5] * 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_classifier_is_its_layers_one_after_the_other(training):
+    """The BatchNorm within the first convolution changes nothing: answers, gradients, running statistics."""
+    torch.manual_seed(0)
+    fused = MnistClassifier().double().train(training)
+    for p in fused.model[0].parameters():
+        torch.nn.init.uniform_(p, 0.5, 2)
+    layers, x = copy.deepcopy(fused), torch.randn(8, 3, 32, 32, dtype=torch.float64)
+    answers = fused(x), layers.answer(layers.model[:-1](x))
+    torch.testing.assert_close(*answers)
+    for answer in answers:
+        answer[:, 0].sum().backward()
+    for a, b in zip(fused.parameters(), layers.parameters()):
+        torch.testing.assert_close(a.grad, b.grad)
+    for name in ("running_mean", "running_var"):
+        torch.testing.assert_close(getattr(fused.model[0], name), getattr(layers.model[0], name))
 
 
 @pytest.mark.parametrize("flags", [["--method", "irm", "--environments", 5], ["--method", "lnl"]], ids=str)

@@ -93,6 +93,18 @@ def test_generated_data_set(trained, tmp_path):
     assert torch.equal(short["images"], images[:60]) and torch.equal(short["labels"], labels[:60])
 
 
+def test_jitter_shifts_each_texture_and_each_background(trained, tmp_path):
+    for strength in (0, 0.1):
+        run("generate.py", "--weights", trained / "weights.pt", "--n", 200, "--jitter", strength, "--out", tmp_path / f"{strength}")
+    plain, shifted = (load(tmp_path / f"{strength}" / "chunk_00000.pt") for strength in (0, 0.1))
+    assert torch.equal(plain["labels"], shifted["labels"])
+    moved = shifted["images"].float() - plain["images"].float()
+    within = (plain["images"] > 80) & (plain["images"] < 175)                         # three spreads from the ends
+    assert 0.07 < (moved[within] / 255).std() < 0.13 and abs(moved[within].mean()) < 5
+    corner, middle = moved[:, :, 0, 0], moved[:, :, 16, 16]                           # background and, often, foreground
+    assert (corner - middle).abs().max() > 20
+
+
 def test_factual_images_have_one_label(trained, tmp_path):
     run("generate.py", "--weights", trained / "weights.pt", "--n", 200, "--factual", "--out", tmp_path / "a")
     chunk = load(tmp_path / "a" / "chunk_00000.pt")
@@ -161,6 +173,19 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, tiny, dataset):
     assert whole["step"] == 6 and same(without_args(whole), without_args(halves))
     steps = [json.loads(line)["step"] for line in (tmp_path / "halves" / "log.jsonl").read_text().splitlines()]
     assert steps == [2, 4, 6]
+
+
+def test_seeds_train_one_after_the_other(tmp_path, tiny):
+    flags = ["train_cgn.py", "--dataset", "double_colored_mnist", *tiny]
+    run(*flags, "--seeds", 4, 4, 7, "--out", tmp_path / "both")
+    run(*flags, "--seed", 7, "--out", tmp_path / "one")
+    assert {path.name for path in (tmp_path / "both").iterdir()} == {"seed_4", "seed_7"}
+    four, seven, one = (load(tmp_path / name / "weights.pt")["average"] for name in ("both/seed_4", "both/seed_7", "one"))
+    assert same(seven, one) and not same(four, one)
+    run(*flags, "--seeds", 4, 9, "--resume", "--out", tmp_path / "both")              # 4 is there already
+    assert same(load(tmp_path / "both/seed_4/weights.pt")["average"], four) and (tmp_path / "both/seed_9/weights.pt").is_file()
+    failed = run(*flags, "--seeds", 4, 9, "--resume", tmp_path / "one/checkpoint.pt", "--out", tmp_path / "x", expect=2)
+    assert "--seeds" in failed.stderr
 
 
 def test_published_settings_and_other_forms_train(tmp_path, tiny):

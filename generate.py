@@ -440,11 +440,6 @@ def parse_args(argv=None):
     parser.add_argument("--dataset", help="colored_mnist if neither this nor --weights is given; weights that were "
                         "trained on another are refused; published weights do not tell")
     parser.add_argument("--n", type=positive_int, help="images in the data set; if not given, pictures to look at")
-    parser.add_argument("--per-shape", type=positive_int, default=1, help="texture and background pairs per mask")
-    parser.add_argument("--jitter", type=non_negative_float, default=0.05, metavar="S",
-                        help="shift the colours of each foreground and each background by N(0, S); they are 0 to 1")
-    parser.add_argument("--factual", action="store_true", help="one latent and one class for all three mechanisms: "
-                        "the generator's idea of the training data (sets --per-shape 1 --jitter 0)")
     parser.add_argument("--raw-weights", action="store_true", help="use the weights, not their moving average")
     parser.add_argument("--out", type=Path, default="runs/generated", help="folder; new, empty, or continued with --resume")
     parser.add_argument("--resume", nargs="?", const="auto", choices=["auto"],
@@ -453,6 +448,12 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=positive_int, default=500, help="images at a time; changes no image")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
     parser.add_argument("--offline", action="store_true", help="never fetch anything")
+    digits = parser.add_argument_group("MNIST")
+    digits.add_argument("--per-shape", type=positive_int, default=1, help="texture and background pairs per mask")
+    digits.add_argument("--jitter", type=non_negative_float, default=0.05, metavar="S",
+                        help="shift the colours of each foreground and each background by N(0, S); they are 0 to 1")
+    digits.add_argument("--factual", action="store_true", help="one latent and one class for all three mechanisms: "
+                        "the generator's idea of the training data (sets --per-shape 1 --jitter 0)")
     net = parser.add_argument_group("ImageNet")
     net.add_argument("--start", type=non_negative_int, default=0, help="number of the first image, to split a data set")
     net.add_argument("--mode", choices=["random", "best"], default="random", help="draw from all classes, or from the "
@@ -470,8 +471,7 @@ def parse_args(argv=None):
     net.add_argument("--frames", type=positive_int, default=9, help="of each leg of --interpolate")
     net.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto", help="bf16 arithmetic")
     args = parser.parse_args(argv)
-    if args.dataset != "imagenet":
-        refuse_group(parser, net, args)
+    refuse_group(parser, digits if args.dataset == "imagenet" else net, args)
     if args.factual:
         args.per_shape, args.jitter = 1, 0.0
     if args.dataset == "imagenet" and args.batch_size == parser.get_default("batch_size"):

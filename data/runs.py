@@ -101,7 +101,8 @@ def refuse_group(parser, group, args):
     """A parser's error if a flag of the argument group was given, though it has no meaning for this --dataset."""
     for action in group._group_actions:
         if getattr(args, action.dest) != parser.get_default(action.dest):
-            parser.error(f"{action.option_strings[0]}: has no meaning for --dataset {args.dataset}")
+            where = f"for --dataset {args.dataset}" if args.dataset else "without --dataset imagenet"
+            parser.error(f"{action.option_strings[0]}: has no meaning {where}")
 
 
 def pick_device(name):

@@ -89,6 +89,7 @@ train_cgn --dataset imagenet --preset small --offline --lr 1e-4 --out OUT
 . generate GENERATOR --n 3 --seed 2147483647
 . generate GENERATOR --n 3 --factual --raw-weights
 . generate GENERATOR --factual --n 5
+. generate GENERATOR --n 3 --jitter 1e30
 . generate GENERATOR --n 3 --resume auto
 generate GENERATOR --n 3 --resume other
 generate GENERATOR --n 3 --start 2
@@ -96,6 +97,7 @@ generate GENERATOR --n 3 --truncation 0.3
 generate GENERATOR --n 3 --save mask
 generate GENERATOR --n 3 --dataset cifar
 generate GENERATOR --n 3 --dataset imagenet
+generate --n 3 --dataset imagenet --factual --out OUT
 . generate --n 3 --out OUT
 generate --n 3 --dataset cifar --out OUT
 . train_classifier DIGIT --batch-size 2147483647

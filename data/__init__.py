@@ -1,1 +1,1 @@
-"""Data sets, pretrained weights, synthetic stand-ins and run folders: all that the three scripts share."""
+"""Data sets, pretrained weights, run folders and pictures: what the three scripts share."""

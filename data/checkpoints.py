@@ -1,134 +1,311 @@
-"""Checkpoints of a training: everything, so that a resumed run ends with the bits of an uninterrupted one; bad steps."""
+"""Checkpoints, and the bookkeeping at the end of every training step.
+
+A checkpoint holds everything that a training needs, so that a resumed run is bit-identical to an
+uninterrupted one. The last two are kept.
+"""
+
 import os
 import sys
+from pathlib import Path
 
 import torch
 
-from data.runs import UserError, intact_archive, load_tensors, mean_over_ranks, plain, save_tensors
-from data.weights import check_state_dict
+from data import pictures, runs, weights
 
-FROZEN = "biggan_GT.", "u2net."                            # not trained: come from files of their own, or the average
+# Networks that are not trained: they come from files of their own, or lie in the moving average.
+FROZEN = ("biggan_GT.", "u2net.")
+
+# Arguments that may change when a run is resumed, in all scripts.
+FREE = frozenset(
+    # A preset only sets the defaults of others.
+    "preset epochs max_steps seeds evaluate explain"
+    " out resume device kernels recompute compile workers"
+    " weights weights_dir data_dir biggan u2net pretrained"
+    " log_every sample_every save_every bad_steps"
+    " counterfactual cf_test baseline cue_conflict imagenet9 in9_normalization ood"
+    " n start interpolate to frames".split()
+)
 
 
-def step_seed(seed, step):
-    """Each step seeds its own random numbers, so that a resumed run draws what an uninterrupted one draws."""
-    return (seed * 1_000_003 + step * 7_919 + 17) % 2 ** 32
+# --------------------------------------------------------------------------------------------------
+# Bookkeeping of a training loop
 
 
-def save_training(out, step, args, parts, optimizers, *, best_too=False, **more):
-    """checkpoint.pt holds all that training needs to go on; weights.pt the network and its average alone.
+class Training:
+    """What is due at the end of a training step: log, sheets, checkpoints, skipped steps, the stop.
 
-    The checkpoint before is kept as checkpoint_before.pt.
+        training = Training(out, args, networks, optimizers, last_step, device)
+        for step in range(training.step, last_step):
+            ...
+            if training.end_step(losses, skipped):
+                return
 
-    parts: name -> module; the network is "generator" or "ensemble", its average is "average", if there is one.
-    more: whatever the weights' reader needs. best_too: the weights as weights_best.pt as well.
+    networks: name -> module, restored from the newest checkpoint if the run is resumed.
+    written: the names of those that go into weights.pt.
+    extra: further values to keep, numbers or tensors by name; the loop may change them.
+    draw_sheet: a function of (networks, args) that returns a picture, uint8 (3, H, W).
+    saved: path and content of the checkpoint, if it is not the one that args.resume names.
+    stop: a StopSignal, if several loops share one.
+
+    Only rank 0 writes. UserError if the checkpoint belongs to other settings or networks.
     """
-    states = {name: module.state_dict() for name, module in parts.items()}
-    if "generator" in states:
-        states["generator"] = {key: value for key, value in states["generator"].items() if not key.startswith(FROZEN)}
-    facts = {"args": plain(args), "step": step, **more}
-    weights = {name: states[name] for name in ("generator", "ensemble", "average") if name in states} | facts
-    for name in ["weights.pt"] + ["weights_best.pt"] * best_too:
-        save_tensors(out / name, weights)
-    save_checkpoint(out, states | facts | {"optimizers": [o.state_dict() for o in optimizers]})
+
+    def __init__(
+        self,
+        out,
+        args,
+        networks,
+        optimizers,
+        last_step,
+        device,
+        *,
+        written=(),
+        extra=None,
+        draw_sheet=None,
+        saved=None,
+        stop=None,
+    ):
+        self.out = Path(out)
+        self.args = args
+        self.networks = networks
+        self.optimizers = optimizers
+        self.last_step = last_step
+        self.device = device
+        self.written = written
+        self.draw_sheet = draw_sheet
+
+        path, content = saved or read_checkpoint(out, args.resume)
+        if content:
+            restore(path, content, args, networks, optimizers)
+        self.step = content.get("step", 0)
+        self.extra = {name: content.get(name, value) for name, value in (extra or {}).items()}
+
+        self.unchecked = []  # (step, losses, skipped) of the steps whose flags were not read yet
+        # Losses of good steps since the last line of the log, by name.
+        self.totals = {k: list(v.to(device)) for k, v in content.get("window", {}).items()}
+        self.streak = 0  # skipped steps in a row
+        self.stop = stop or runs.StopSignal()
+        self.log = None
+        if runs.is_main_rank():
+            epoch = self.extra.get("epoch", float("inf"))
+            self.log = runs.Log(self.out / "log.jsonl", self.step, epoch)
+
+    def end_step(self, losses, skipped):
+        """Do what is due after a step. Returns whether the run is to stop here.
+
+        losses: name -> number or tensor (). skipped: tensor (), above 0 if a step was left out, see
+        `finite_step`. Both stay on the device until a line of the log or a file is due: a GPU is
+        not waited for in between.
+        """
+        args = self.args
+        self.step += 1
+        self.unchecked.append((self.step, losses, skipped))
+        finished = self.step == self.last_step
+        stopping = runs.any_across_ranks(self.stop, self.device)
+        log_due = finished or self.step % args.log_every == 0
+        save_due = finished or stopping or self.step % args.save_every == 0
+        sample_due = self.draw_sheet is not None and args.sample_every > 0
+        sample_due = sample_due and (finished or self.step % args.sample_every == 0)
+
+        if log_due or save_due or sample_due:
+            self.check_steps()
+        if log_due:
+            self.write_log()
+        if sample_due:
+            self.save_sheet(self.out / "samples" / f"{self.step:07d}.png")
+        if save_due:
+            self.save()
+        if stopping and not finished and runs.is_main_rank():
+            print(f"\nstopped after step {self.step}; resume with the same command and --resume")
+        return stopping and not finished
+
+    def check_steps(self):
+        """Read which steps were skipped. They are told, and kept out of the means. UserError after
+        --bad-steps in a row.
+        """
+        flags = torch.stack([skipped for _, _, skipped in self.unchecked]).tolist()
+        for flag, (step, losses, _) in zip(flags, self.unchecked):
+            if flag:
+                self.streak += 1
+                self.tell_skipped(step, losses)
+                continue
+            self.streak = 0
+            for name, value in losses.items():
+                self.totals.setdefault(name, []).append(torch.as_tensor(value).detach())
+        self.unchecked = []
+
+    def tell_skipped(self, step, losses):
+        """Log a skipped step. UserError if it is one too many in a row."""
+        values = {name: float(value) for name, value in losses.items()}
+        if self.log:
+            self.log.write(step, left_out=self.streak, **values)
+            print(
+                f"warning: step {step} skipped: losses or gradients are not finite", file=sys.stderr
+            )
+        if self.streak == self.args.bad_steps:
+            words = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+            raise runs.UserError(
+                f"--bad-steps: {self.streak} steps in a row up to {step} without finite losses and "
+                f"gradients ({words}); the last checkpoint is kept: start a new run from its "
+                "weights.pt with --weights and smaller learning rates"
+            )
+
+    def write_log(self):
+        """One line with the mean of each loss since the last line."""
+        means = {}
+        for name, values in self.totals.items():
+            means[name] = runs.mean_over_ranks(torch.stack(values).mean()).item()
+        self.totals = {}
+        if not self.log:
+            return
+        self.log.write(self.step, **means)
+        self.log.progress(self.step, self.last_step, means)
+        # ImageNet's "mask" is a loss.
+        mask_mean = means.get("mask_mean", means.get("mask", 0.5))
+        if not 0.02 < mask_mean < 0.98:
+            print(f"warning: the mean mask is {mask_mean:.3f}: it has collapsed", file=sys.stderr)
+
+    def save_sheet(self, path):
+        """Draw a sheet and write it."""
+        if runs.is_main_rank():
+            path.parent.mkdir(exist_ok=True)
+            pictures.save_png(path, self.draw_sheet(self.networks, self.args))
+
+    def save(self):
+        """Write weights.pt, then the checkpoint; the one before becomes checkpoint_before.pt."""
+        if self.unchecked:
+            self.check_steps()
+        window = {}
+        for name, values in self.totals.items():
+            window[name] = runs.mean_over_ranks(torch.stack(values))
+        content = self.content()
+        if self.written:
+            self.save_weights("weights.pt")
+        if not runs.is_main_rank():
+            return
+        content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        content["window"] = window
+        newest = self.out / "checkpoint.pt"
+        runs.save_tensors(self.out / "checkpoint_new.pt", content)
+        if newest.is_file():
+            os.replace(newest, self.out / "checkpoint_before.pt")
+        os.replace(self.out / "checkpoint_new.pt", newest)
+        if self.draw_sheet:
+            self.save_sheet(self.out / "sheet.png")
+
+    def save_weights(self, file):
+        """Write what a reader of the weights needs, without what only training needs."""
+        content = self.content()
+        for name in self.networks.keys() - set(self.written):
+            del content[name]
+        if runs.is_main_rank():
+            runs.save_tensors(self.out / file, content)
+
+    def content(self):
+        """The networks' states, arguments, step, and extra values, tensors as means over ranks."""
+        content = {name: network.state_dict() for name, network in self.networks.items()}
+        if "generator" in content:
+            trained = content["generator"].items()
+            content["generator"] = {k: v for k, v in trained if not k.startswith(FROZEN)}
+        content["args"] = runs.to_jsonable(vars(self.args))
+        content["step"] = self.step
+        for name, value in self.extra.items():
+            if isinstance(value, torch.Tensor):
+                value = runs.mean_over_ranks(value.clone())
+            content[name] = value
+        return content
 
 
-def save_checkpoint(out, content):
-    """Write checkpoint.pt; the one before becomes checkpoint_before.pt."""
-    save_tensors(out / "checkpoint_new.pt", content)
-    if (out / "checkpoint.pt").is_file():
-        os.replace(out / "checkpoint.pt", out / "checkpoint_before.pt")
-    os.replace(out / "checkpoint_new.pt", out / "checkpoint.pt")
+# --------------------------------------------------------------------------------------------------
+# Reading a checkpoint
+
+
+def read_checkpoint(out, resume):
+    """Path and content of the checkpoint to resume from; (None, {}) if there is none yet.
+
+    resume: None to begin anew, "auto" for the newest in the folder `out`, or a file.
+    """
+    if resume is None:
+        return None, {}
+    if resume != "auto":
+        return resume, runs.load_tensors(resume)
+    path, content = find_checkpoint(Path(out))
+    return path, content or {}
 
 
 def find_checkpoint(out):
-    """Path and content of the newest intact checkpoint in a run folder; None, None if there is none yet.
+    """Path and content of the newest intact checkpoint in a run folder; (None, None) without one.
 
-    A damaged one is named, and left for the one before. UserError if all are damaged.
+    A damaged one is named, and the one before is taken. UserError if all are damaged.
     """
-    found = [path for path in (out / "checkpoint.pt", out / "checkpoint_before.pt") if path.is_file()]
+    found = [out / name for name in ("checkpoint.pt", "checkpoint_before.pt")]
+    found = [path for path in found if path.is_file()]
     for path in found:
         try:
-            if not intact_archive(path):
-                raise UserError(f"{path}: its checksums are wrong")
-            return path, load_tensors(path)
-        except UserError as error:
-            print(f"warning: {error}; going back to the one before", file=sys.stderr)
+            if not runs.is_intact_archive(path):
+                raise runs.UserError(f"{path}: its checksums are wrong")
+            return path, runs.load_tensors(path)
+        except runs.UserError as error:
+            print(f"warning: {error}; falling back to the previous one", file=sys.stderr)
     if found:
-        raise UserError(f"--resume: no checkpoint in {out} is intact; start a new run with another --out")
+        raise runs.UserError(
+            f"--resume: no checkpoint in {out} is intact; start a new run with another --out"
+        )
     return None, None
 
 
-def check_settings(path, before, args, free):
-    """UserError if arguments that are not in `free` differ from those of a checkpoint."""
-    for name, value in plain(args).items():
-        if name not in free and before.get(name) != value:
-            raise UserError(f"--resume {path}: was trained with {name} = {before.get(name)}, not {value}; "
-                            "give the same flags, or start a new run with another --out")
-
-
-def restore_training(out, args, parts, optimizers, free):
-    """Load the checkpoint that args.resume means, a file or "auto" for the newest in `out`, into everything.
-
-    free: names of arguments that may differ. Returns its content, {} if there is nothing to resume. UserError if it
-    belongs to other settings.
-    """
-    if args.resume in (None, "auto"):
-        path, content = find_checkpoint(out) if args.resume else (None, None)
-        if path is None:
-            return {}
-    else:
-        path, content = args.resume, load_tensors(args.resume)
-    if not isinstance(content, dict) or not parts.keys() | {"optimizers", "step", "args"} <= content.keys():
-        raise UserError(f"--resume {path}: not a checkpoint of this training")
-    check_settings(path, content["args"], args, free)
-    for name, module in parts.items():
-        own = module.state_dict()
+def restore(path, content, args, networks, optimizers):
+    """Load a checkpoint's content. UserError if it belongs to other settings or networks."""
+    needed = {*networks, "optimizers", "step", "args"}
+    if not isinstance(content, dict) or not needed <= content.keys():
+        raise runs.UserError(f"--resume {path}: not a checkpoint of this training")
+    check_settings(path, content["args"], vars(args))
+    for name, network in networks.items():
+        own = network.state_dict()
         frozen = {key: value for key, value in own.items() if key.startswith(FROZEN)}
-        module.load_state_dict(check_state_dict(frozen | content[name], own, path))
+        network.load_state_dict(weights.check_state_dict(frozen | content[name], own, path))
     for optimizer, state in zip(optimizers, content["optimizers"]):
         optimizer.load_state_dict(state)
-    return content
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers gone wrong
+def check_settings(path, before, args, free=FREE):
+    """UserError if arguments that are not in `free` differ from those that made `path`."""
+    for name, value in runs.to_jsonable(args).items():
+        if name not in free and name in before and before[name] != value:
+            raise runs.UserError(
+                f"--resume {path}: made with {name} = {before[name]}, not {value}; give the same "
+                "flags, or start a new run with another --out"
+            )
+
+
+# --------------------------------------------------------------------------------------------------
+# Steps whose numbers are not finite
 
 
 def finite_step(optimizer, loss):
-    """One step of the optimizer, left out if the loss or a gradient is not finite, on any rank.
+    """One step of the optimizer, skipped if the loss or a gradient is not finite on any rank.
 
-    Returns 1.0 if it was left out, else 0.0, as a tensor: with an optimizer's fused form a GPU is not waited for.
+    Returns a tensor (), 1.0 if the step was skipped, else 0.0. With a fused optimizer a GPU is not
+    waited for.
     """
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    bad = ~(torch.stack(torch._foreach_norm(gradients)).sum() + loss.detach()).isfinite()
-    bad = mean_over_ranks(bad.float()).ceil()
-    fused = optimizer.defaults.get("fused") and optimizer.state           # with moments that are there
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    total = torch.stack(torch._foreach_norm(gradients)).sum() + loss.detach()
+    skipped = runs.mean_over_ranks((~total.isfinite()).float()).ceil()
+    # A first step allocates the moments and may not be skipped by the fused kernels.
+    fused = optimizer.defaults.get("fused") and optimizer.state
     if fused:
-        optimizer.found_inf = bad                          # its kernels leave weights and moments as they are
-    if fused or not bad:
+        optimizer.found_inf = skipped  # the kernels leave weights and moments as they are
+    if fused or not skipped:
         optimizer.step()
-    return bad
-
-
-def leave_out(step, losses, bad_steps, args, networks, log):
-    """After a step that finite_step left out: mend, and log, if there is a log. UserError if it was one too many."""
-    values = {name: value.item() for name, value in losses.items()}
-    if log:
-        log.write(step, left_out=bad_steps, **values)
-        print(f"warning: step {step} left out: losses or gradients are not finite", file=sys.stderr)
-    if bad_steps == args.bad_steps:
-        words = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
-        raise UserError(f"--bad-steps: {bad_steps} steps in a row up to {step} without finite losses and gradients "
-                        f"({words}); the last checkpoint is kept: start a new run from its weights.pt with --weights and "
-                        "smaller learning rates")
-    for network in networks:
-        mend_statistics(network)
+    return skipped
 
 
 @torch.no_grad()
-def mend_statistics(network):
-    """Start BatchNorm's running statistics anew where a step that was left out made them NaN."""
-    for module in network.modules():
-        if getattr(module, "running_var", None) is not None and not module.running_var.isfinite().all():
-            module.reset_running_stats()
+def mend_statistics(*networks):
+    """Start BatchNorm's running statistics anew where a skipped step made them NaN or infinite."""
+    for network in networks:
+        for module in network.modules():
+            if getattr(module, "running_var", None) is not None:
+                module.running_mean.nan_to_num_(0.0, 0.0, 0.0)
+                module.running_var.nan_to_num_(1.0, 1.0, 1.0)

@@ -1,9 +1,11 @@
-"""Folders of ImageNet and its robustness tests: lists of files with their classes, decoded and augmented by torchvision.
+"""ImageNet and its robustness tests: lists of files with their classes, decoded and augmented.
 
-A list is (paths, labels): labels is an integer tensor, (n,) or, for counterfactuals and Cue-Conflict, (n, columns).
-Whatever is wrong with a folder is a UserError that names it.
+A list is (paths, labels): labels is an integer tensor, (n,) or, for counterfactuals and
+Cue-Conflict, (n, columns). Whatever is wrong with a folder is a UserError that names it.
 """
+
 import csv
+import difflib
 import functools
 import glob
 import io
@@ -15,268 +17,398 @@ import sys
 from pathlib import Path
 
 import torch
+import torchvision
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_image, decode_jpeg, read_file
+from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms import v2
 
-from data.runs import ROOT, UserError, load_tensors
+from data import runs
 
+HEADS = ("shape", "texture", "background")  # the three labels of a counterfactual
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)   # of ImageNet, as torchvision's weights expect
-IN9_MEAN, IN9_STD = (0.4717, 0.4499, 0.3837), (0.2600, 0.2516, 0.2575)   # of ImageNet-9, as the published CGN code has it
-LARGEST = 90_000_000                                       # pixels of an image; the largest of ImageNet has 61 million
-DAMAGED = 20                                               # images that are skipped before it is an error
+MAX_PIXELS = 90_000_000  # of an image; the largest of ImageNet has 61 million
+MAX_DAMAGED = 20  # images that are skipped before it is an error
+
+# Mean and standard deviation of RGB in [0, 1]: of ImageNet, as torchvision's weights expect, and of
+# ImageNet-9, as the published CGN code has it.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+IN9_MEAN = (0.4717, 0.4499, 0.3837)
+IN9_STD = (0.2600, 0.2516, 0.2575)
+
+
+# --------------------------------------------------------------------------------------------------
+# Classes
 
 
 @functools.cache
-def facts():
-    """WNIDs in class order, Cue-Conflict's categories, ImageNet-9's map, and the authors' lists of good classes."""
-    return json.loads((ROOT / "data" / "imagenet.json").read_text())
+def imagenet_metadata():
+    """What data/imagenet.json holds: "wnids" in class order, "cue_conflict" (its categories), "in9"
+    (its map from ImageNet's classes), "best_classes" (the authors' lists of good ones).
+    """
+    return json.loads((runs.ROOT / "data" / "imagenet.json").read_text())
 
 
-def pictures(folder):
+def class_names():
+    """The 1000 English names in class order."""
+    return torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
+
+
+def class_index(text):
+    """A class by its index or by (part of) its English name.
+
+    UserError if there is none or more than one, with suggestions.
+    """
+    names = class_names()
+    if text.isdigit() or text[:1] == "-":
+        if text.isdigit() and int(text) < len(names):
+            return int(text)
+        raise runs.UserError(f"class {text}: ImageNet has classes 0 to {len(names) - 1}")
+    lower = [name.lower() for name in names]
+    if text.lower() in lower:
+        return lower.index(text.lower())
+    found = [index for index, name in enumerate(lower) if text.lower() in name]
+    if len(found) == 1:
+        return found[0]
+    close = [names[index] for index in found]
+    close = close or difflib.get_close_matches(text.lower(), lower, 4)
+    problem = "more than one class" if found else "no class"
+    suggestions = f"; meant {', '.join(close[:6])}?" if close else ""
+    raise runs.UserError(f"class {text!r}: {problem} of that name{suggestions}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders
+
+
+def image_files(folder):
+    """The images in a folder, sorted."""
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
 
 
-def subfolders(folder, what):
-    """The folders in `folder`, sorted. UserError if it is not there or has none."""
+def subfolders(folder, content):
+    """The folders in `folder`, sorted. UserError if it is not there or has none.
+
+    content: what it should hold, in words.
+    """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; it should hold {what}")
+        raise runs.UserError(f"{folder}: no such folder; it should hold {content}")
     found = sorted(path for path in folder.iterdir() if path.is_dir())
     if not found:
-        raise UserError(f"{folder}: holds no folders; it should hold {what}")
+        raise runs.UserError(f"{folder}: holds no folders; it should hold {content}")
     return found
 
 
-def listed(folders, class_of):
-    """All pictures of some folders, each with the class of its folder."""
-    paths, labels = [], []
-    for folder in folders:
-        label, found = class_of(folder), pictures(folder)
+def labeled_images(folders, classes):
+    """All images of some folders, each with the class of its folder."""
+    paths = []
+    labels = []
+    for folder, label in zip(folders, classes):
+        found = image_files(folder)
         if not found:
-            raise UserError(f"{folder}: no images in this class; delete the folder or fill it")
+            raise runs.UserError(f"{folder}: no images in this class; delete the folder or fill it")
         paths += found
         labels += [label] * len(found)
     return paths, torch.tensor(labels)
 
 
 def wnid_images(folder):
-    """Images in folders named by WNID, or 0 to 999 as in ImageNet-V2; of all 1000 classes or of some."""
-    classes = {name: number for number, wnid in enumerate(facts()["wnids"]) for name in (wnid, str(number))}
+    """Images in folders by WNID, or by 0 to 999 as in ImageNet-V2; of all 1000 classes or of some.
 
-    def class_of(path):
-        if path.name not in classes:
-            raise UserError(f"{path}: not the WNID of one of ImageNet's 1000 classes, such as n01440764")
-        return classes[path.name]
-
-    return listed(subfolders(Path(folder), "a folder for each class, named by WNID"), class_of)
+    labels: (n,).
+    """
+    index_of = {}
+    for index, wnid in enumerate(imagenet_metadata()["wnids"]):
+        index_of[wnid] = index
+        index_of[str(index)] = index
+    folders = subfolders(Path(folder), "a folder for each class, named by WNID")
+    for path in folders:
+        if path.name not in index_of:
+            raise runs.UserError(
+                f"{path}: not the WNID of one of ImageNet's 1000 classes, such as n01440764"
+            )
+    return labeled_images(folders, [index_of[path.name] for path in folders])
 
 
 def validation_images(root):
-    """ImageNet's val: in folders by WNID, or flat beside the meta.bin that torchvision's ImageNet makes."""
+    """ImageNet's val: in folders by WNID, or flat beside the meta.bin of torchvision's ImageNet.
+
+    labels: (n,).
+    """
     folder = Path(root) / "val"
-    flat = pictures(folder) if folder.is_dir() else []
+    flat = image_files(folder) if folder.is_dir() else []
     if not flat:
         return wnid_images(folder)
     meta = Path(root) / "meta.bin"
     if not meta.is_file():
-        raise UserError(f"{folder}: images without folders need {meta}, which torchvision.datasets.ImageNet makes of the "
-                        "development kit; or sort them into folders by WNID")
-    wnids = load_tensors(meta)[1]
+        raise runs.UserError(
+            f"{folder}: images without folders need {meta}, which torchvision.datasets.ImageNet "
+            "makes of the development kit; or sort them into folders by WNID"
+        )
+    wnids = runs.load_tensors(meta)[1]
     if len(wnids) != len(flat):
-        raise UserError(f"{folder}: {len(flat)} images, {meta} tells the classes of {len(wnids)}")
-    classes = {wnid: number for number, wnid in enumerate(facts()["wnids"])}
-    return flat, torch.tensor([classes[wnid] for wnid in wnids])
+        raise runs.UserError(
+            f"{folder}: {len(flat)} images, {meta} tells the classes of {len(wnids)}"
+        )
+    index_of = {wnid: index for index, wnid in enumerate(imagenet_metadata()["wnids"])}
+    return flat, torch.tensor([index_of[wnid] for wnid in wnids])
+
+
+def cue_conflict_images(folder):
+    """Cue-Conflict (Geirhos et al. 2019): the images whose shape and texture differ.
+
+    labels: (n, 2), the categories of shape and texture.
+    """
+    names = list(imagenet_metadata()["cue_conflict"]["categories"])
+    paths = []
+    labels = []
+    for sub in subfolders(Path(folder), "Cue-Conflict's 16 categories"):
+        for path in image_files(sub):
+            match = re.fullmatch(r"([a-z]+)\d+-([a-z]+)\d+", path.stem)
+            if not match or not set(match.groups()) <= set(names):
+                raise runs.UserError(
+                    f"{path}: not named like Cue-Conflict's images, such as cat3-truck1.png"
+                )
+            shape, texture = match.groups()
+            if shape != texture:
+                paths.append(path)
+                labels.append([names.index(shape), names.index(texture)])
+    if not paths:
+        raise runs.UserError(f"{folder}: no images whose shape and texture differ")
+    return paths, torch.tensor(labels)
+
+
+def imagenet9_images(folder):
+    """The variants of ImageNet-9 (Xiao et al. 2020) that are there: name -> (paths, labels).
+
+    labels: (n,), classes 0 to 8.
+    """
+    found = {}
+    for sub in subfolders(Path(folder), "original/, mixed_same/, mixed_rand/, ..."):
+        if not (sub / "val").is_dir():
+            continue
+        folders = subfolders(sub / "val", "ImageNet-9's nine classes")
+        for path in folders:
+            if not re.match(r"0[0-8]_", path.name):
+                raise runs.UserError(f"{path}: not a class of ImageNet-9, such as 00_dog")
+        found[sub.name] = labeled_images(folders, [int(path.name[:2]) for path in folders])
+    if not found:
+        raise runs.UserError(f"{folder}: no variant of ImageNet-9, such as original/val/00_dog/")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Counterfactuals
 
 
 def counterfactual_images(patterns):
-    """What generate.py wrote into one or many folders. labels: (n, 3), classes of shape, texture and background."""
+    """What generate.py wrote into one or many folders; patterns such as runs/cf* are expanded.
+
+    labels: (n, 3), the classes of shape, texture and background.
+    """
     folders = sorted({Path(name) for pattern in patterns for name in glob.glob(str(pattern))})
     if not folders:
-        raise UserError(f"--counterfactual {' '.join(map(str, patterns))}: no such folder")
-    paths, labels = [], []
+        raise runs.UserError(f"--counterfactual {' '.join(map(str, patterns))}: no such folder")
+    paths = []
+    labels = []
     for folder in folders:
-        table = folder / "labels.csv"
-        try:
-            with open(table, newline="", encoding="utf-8-sig") as file:
-                rows = [(row["file"], [int(row[name]) for name in ("shape", "texture", "background")])
-                        for row in csv.DictReader(file)]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"--counterfactual {folder}: no readable labels.csv of generate.py ({error!r})") from None
-        if not rows:
-            raise UserError(f"--counterfactual {folder}: labels.csv has no rows")
-        present = {f"{sub.name}/{path.name}" for sub in {folder / Path(name).parent for name, _ in rows}
-                   if sub.is_dir() for path in pictures(sub)}
-        named = {name for name, _ in rows}
-        if len(named) != len(rows):
-            raise UserError(f"--counterfactual {table}: {len(rows)} rows for {len(named)} files; one each is needed")
-        for odd, words in ((named - present, "a row without its file"), (present - named, "a file without its row")):
-            if odd:
-                raise UserError(f"--counterfactual {folder}: {min(odd)} and {len(odd) - 1} more: {words}; run generate.py "
-                                "again with --resume")
-        for name, classes in rows:
-            if not all(0 <= c < 1000 for c in classes):
-                raise UserError(f"--counterfactual {table}: {name} has the classes {classes}; 0 to 999 exist")
+        rows = read_label_table(folder)
+        check_label_table(folder, rows)
         paths += [folder / name for name, _ in rows]
         labels += [classes for _, classes in rows]
     return paths, torch.tensor(labels)
 
 
-def cue_conflict_images(folder):
-    """Cue-Conflict (Geirhos et al. 2019): labels (n, 2), categories of shape and texture, of images where they differ."""
-    names = list(facts()["cue_conflict"]["categories"])
-    paths, labels = [], []
-    for sub in subfolders(Path(folder), "Cue-Conflict's 16 categories"):
-        for path in pictures(sub):
-            match = re.fullmatch(r"([a-z]+)\d+-([a-z]+)\d+", path.stem)
-            if not match or not set(match.groups()) <= set(names):
-                raise UserError(f"{path}: not named like Cue-Conflict's images, such as cat3-truck1.png")
-            if match[1] != match[2]:
-                paths.append(path)
-                labels.append([names.index(match[1]), names.index(match[2])])
-    if not paths:
-        raise UserError(f"{folder}: no images whose shape and texture differ")
-    return paths, torch.tensor(labels)
+def read_label_table(folder):
+    """The rows of a folder's labels.csv: (file, [class of shape, of texture, of background])."""
+    rows = []
+    try:
+        with open(folder / "labels.csv", newline="", encoding="utf-8-sig") as file:
+            for row in csv.DictReader(file):
+                rows.append((row["file"], [int(row[head]) for head in HEADS]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise runs.UserError(
+            f"--counterfactual {folder}: no readable labels.csv of generate.py ({error!r})"
+        ) from None
+    if not rows:
+        raise runs.UserError(f"--counterfactual {folder}: labels.csv has no rows")
+    return rows
 
 
-def imagenet9_images(folder):
-    """The variants of ImageNet-9 (Xiao et al. 2020) found: name -> images with classes 0 to 8."""
-    def class_of(path):
-        if not re.match(r"0[0-8]_", path.name):
-            raise UserError(f"{path}: not a class of ImageNet-9, such as 00_dog")
-        return int(path.name[:2])
+def check_label_table(folder, rows):
+    """UserError unless each file has one row, each row its file, and all classes exist."""
+    table = folder / "labels.csv"
+    named = {name for name, _ in rows}
+    if len(named) != len(rows):
+        raise runs.UserError(
+            f"--counterfactual {table}: {len(rows)} rows for {len(named)} files; one each is needed"
+        )
+    present = set()
+    for sub in {(folder / name).parent for name in named}:
+        if sub.is_dir():
+            present |= {f"{sub.name}/{path.name}" for path in image_files(sub)}
+    for odd, problem in (
+        (named - present, "a row without its file"),
+        (present - named, "a file without its row"),
+    ):
+        if odd:
+            raise runs.UserError(
+                f"--counterfactual {folder}: {min(odd)} and {len(odd) - 1} more: {problem}; "
+                "run generate.py again with --resume"
+            )
+    for name, classes in rows:
+        if not all(0 <= index < 1000 for index in classes):
+            raise runs.UserError(
+                f"--counterfactual {table}: {name} has the classes {classes}; 0 to 999 exist"
+            )
 
-    found = {sub.name: listed(subfolders(sub / "val", "ImageNet-9's nine classes"), class_of)
-             for sub in subfolders(Path(folder), "original/, mixed_same/, mixed_rand/, ...") if (sub / "val").is_dir()}
-    if not found:
-        raise UserError(f"{folder}: no variant of ImageNet-9, such as original/val/00_dog/")
-    return found
 
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Decoding and augmentation
 
 
-def transform(training, size=224, margin=True):
-    """uint8 (3, H, W) -> uint8 (3, size, size), as published; the numbers' scale is changed on the device, by batch.
+def make_transform(training, size=224, margin=True):
+    """uint8 (3, H, W) -> uint8 (3, size, size), as published.
 
-    margin: tests see the middle seven eighths; without it all of a square image, for those that come ready cropped.
+    training: random crops and flips. margin: tests see the middle seven eighths; without it all of
+    a square image, for those that come ready cropped. Values are scaled later, by `normalized`.
     """
     if training:
-        return v2.Compose([v2.RandomResizedCrop(size, antialias=True), v2.RandomHorizontalFlip()])
-    return v2.Compose([v2.Resize(size * 256 // 224 if margin else size, antialias=True), v2.CenterCrop(size)])
+        crop = v2.RandomResizedCrop(size, antialias=True)
+        return v2.Compose([crop, v2.RandomHorizontalFlip()])
+    resized = size * 256 // 224 if margin else size
+    return v2.Compose([v2.Resize(resized, antialias=True), v2.CenterCrop(size)])
+
+
+def augmentation_seed(seed, epoch, index):
+    """The seed of one image's augmentation: whatever the workers, the ranks or an interruption."""
+    return ((seed * 1_000_003 + epoch) * 10_000_019 + index) % 2**63
 
 
 def declared_pixels(data):
-    """Width times height in the header of an image file (uint8 tensor), or 0: to be looked at before memory is taken."""
-    head, place = memoryview(data.numpy()), 2
-    while head[:2] == b"\xff\xd8" and place + 9 < len(head) and head[place] == 0xff:      # segments of a JPEG
-        if 0xc0 <= head[place + 1] <= 0xcf and head[place + 1] not in (0xc4, 0xc8, 0xcc):
-            return int.from_bytes(head[place + 5:place + 7], "big") * int.from_bytes(head[place + 7:place + 9], "big")
-        place += 2 + int.from_bytes(head[place + 2:place + 4], "big")
+    """Width times height as the header of an image file says, or 0, before memory is taken for it.
+
+    data: the file's bytes, uint8 tensor.
+    """
+    head = memoryview(data.numpy())
+    place = 2
+    # A JPEG is a row of segments: 0xff, kind, length in two bytes, content.
+    while head[:2] == b"\xff\xd8" and place + 9 < len(head) and head[place] == 0xFF:
+        kind = head[place + 1]
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # begins an image
+            height = int.from_bytes(head[place + 5 : place + 7], "big")
+            width = int.from_bytes(head[place + 7 : place + 9], "big")
+            return height * width
+        place += 2 + int.from_bytes(head[place + 2 : place + 4], "big")
     try:
         return math.prod(Image.open(io.BytesIO(head)).size)
     except Image.DecompressionBombError:
-        return LARGEST + 1
+        return MAX_PIXELS + 1
     except (OSError, ValueError, SyntaxError):
         return 0
 
 
-def decode(data, device="cpu"):
-    """Bytes of image files (uint8 tensors) -> uint8 (3, H, W) each on `device`, None where damaged. Together if possible."""
+def decode(data):
+    """The bytes of an image file (uint8 tensor) -> uint8 (3, H, W), or None if it is damaged."""
     try:
-        return decode_jpeg(data, ImageReadMode.RGB, device=device)
+        image = decode_image(data, ImageReadMode.RGB)
     except RuntimeError:
-        if len(data) > 1:
-            return [image for one in data for image in decode([one], device)]
-    try:                                                   # a GPU decodes neither CMYK nor PNG
-        image = v2.functional.to_dtype(decode_image(data[0], ImageReadMode.RGB), torch.uint8, scale=True)
-        return [(image if image.ndim == 3 else image[0]).to(device)]       # of an animation, the first
-    except RuntimeError:
-        return [None]
+        return None
+    image = v2.functional.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
+    return image if image.ndim == 3 else image[0]  # of an animation, the first
 
 
 class Images(torch.utils.data.Dataset):
-    """Images of a list. Item i is (image or, if it is damaged, None; label; i).
+    """The images of a list in one epoch. Item i is (image or, if it is damaged, None; label; i).
 
-    Augmentation depends on the seed, the epoch and i alone: not on the workers, ranks or an interruption.
-    device: decode and augment there, by batch; workers then only read files, and an item's image is the file's bytes.
+    Augmentation depends on the seed, the epoch and i alone.
     """
 
-    def __init__(self, paths, labels, change, seed=0, device=None):
-        self.paths, self.labels, self.change, self.seed, self.epoch = paths, labels, change, seed, 0
-        self.device = device
+    def __init__(self, paths, labels, transform, seed=0, epoch=0):
+        self.paths = paths
+        self.labels = labels
+        self.transform = transform
+        self.seed = seed
+        self.epoch = epoch
 
     def __len__(self):
         return len(self.paths)
 
-    def __getitem__(self, number):
-        try:
-            data = read_file(str(self.paths[number]))
-            too_large = declared_pixels(data) > LARGEST
-        except RuntimeError:
-            too_large = True                               # not readable at all
-        if too_large:
-            return None, self.labels[number], number
-        return data if self.device else self.augmented(*decode([data]), number), self.labels[number], number
+    def __getitem__(self, index):
+        return self.load(index), self.labels[index], index
 
-    def augmented(self, image, number):
-        """The changed image; None stays None."""
+    def load(self, index):
+        """The transformed image, uint8 (3, size, size). None if it is damaged or far too large."""
+        try:
+            data = read_file(str(self.paths[index]))
+        except RuntimeError:
+            return None
+        if declared_pixels(data) > MAX_PIXELS:
+            return None
+        image = decode(data)
         if image is None:
             return None
-        state = torch.default_generator.get_state()
-        torch.default_generator.manual_seed(((self.seed * 1_000_003 + self.epoch) * 10_000_019 + number) % 2 ** 63)
-        image = self.change(image)
-        torch.default_generator.set_state(state)
-        return image
-
-    def decoded(self, items):
-        """Items whose image is a file's bytes -> items as they are without a `device`."""
-        whole = [item for item in items if item[0] is not None]
-        images = decode([data for data, _, _ in whole], self.device) if whole else []
-        done = [(self.augmented(image, number), label, number) for image, (_, label, number) in zip(images, whole)]
-        return done + [item for item in items if item[0] is None]
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(augmentation_seed(self.seed, self.epoch, index))
+            return self.transform(image)
 
 
 def collate(items):
-    """Images and labels as tensors, and the numbers of damaged images, which are left out."""
-    whole = [item for item in items if item[0] is not None]
-    damaged = [number for image, _, number in items if image is None]
-    if not whole:
+    """Items of Images -> images and labels as tensors, and the indices of damaged images, which are
+    left out.
+    """
+    intact = [item for item in items if item[0] is not None]
+    damaged = [index for image, _, index in items if image is None]
+    if not intact:
         return torch.empty(0), torch.empty(0), damaged
-    images, labels, _ = zip(*whole)
-    return torch.stack(images), torch.stack(labels), damaged
+    images = torch.stack([image for image, _, _ in intact])
+    labels = torch.stack([label for _, label, _ in intact])
+    return images, labels, damaged
 
 
 def start_worker(number):
-    """The main process decides when to stop: Ctrl-C reaches workers, too, and they inherit its handlers."""
+    """Ignore Ctrl-C: it reaches workers, too, which inherit the main process's handlers, but that
+    one alone decides when to stop.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def batches(images, order, size, workers, device):
-    """Batches of (uint8 images, labels) on the device in this order. Damaged files are named and left out, up to a limit."""
+def batches(images, order, batch_size, num_workers, device):
+    """Yields batches of Images in this order: uint8 (n, 3, size, size) and labels, on the device.
+
+    Damaged files are named and left out; UserError if there are more than MAX_DAMAGED.
+    """
     loader = torch.utils.data.DataLoader(
-        torch.utils.data.Subset(images, order), size, num_workers=workers, collate_fn=list if images.device else collate,
-        pin_memory=device.type == "cuda" and not images.device, prefetch_factor=4 if workers else None,
-        worker_init_fn=start_worker)
+        torch.utils.data.Subset(images, order),
+        batch_size,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        prefetch_factor=4 if num_workers else None,
+        worker_init_fn=start_worker,
+    )
     skipped = 0
-    for batch in loader:
-        pixels, labels, damaged = collate(images.decoded(batch)) if images.device else batch
-        for number in damaged:
+    for pixels, labels, damaged in loader:
+        for index in damaged:
             skipped += 1
-            print(f"warning: {images.paths[number]}: damaged, too large or no image; left out", file=sys.stderr)
-        if skipped > DAMAGED:
-            raise UserError(f"more than {DAMAGED} damaged images, see above; mend or delete them")
+            path = images.paths[index]
+            print(f"warning: {path}: damaged, too large or no image; left out", file=sys.stderr)
+        if skipped > MAX_DAMAGED:
+            raise runs.UserError(
+                f"more than {MAX_DAMAGED} damaged images, see above; mend or delete them"
+            )
         if len(pixels):
             yield pixels.to(device, non_blocking=True), labels.to(device, non_blocking=True)
 
 
 def normalized(images, mean=MEAN, std=STD):
-    """uint8 (N, 3, H, W) -> float32, standardised as torchvision's weights expect, channels last."""
-    mean, std = (images.new_tensor(x, dtype=torch.float32).view(1, 3, 1, 1) for x in (mean, std))
-    out = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
-    part = len(images) if images.is_cuda else 4            # of the size of a CPU's cache: half the time
-    for pixels, result in zip(images.split(part), out.split(part)):
-        result.copy_(pixels.float().mul_(1 / (255 * std)).sub_(mean / std))
-    return out
+    """uint8 (N, 3, H, W) -> float32, channels last, (image / 255 - mean) / std."""
+    mean = images.new_tensor(mean, dtype=torch.float32).view(1, 3, 1, 1)
+    std = images.new_tensor(std, dtype=torch.float32).view(1, 3, 1, 1)
+    result = torch.empty(images.shape, device=images.device, memory_format=torch.channels_last)
+    # On a CPU, parts of the size of its cache take half the time.
+    part = len(images) if images.is_cuda else 4
+    for pixels, out in zip(images.split(part), result.split(part)):
+        out.copy_(pixels.float().mul_(1 / (255 * std)).sub_(mean / std))
+    return result

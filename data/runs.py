@@ -1,10 +1,13 @@
-"""Run folders and the command line's manners, shared by the three scripts.
+"""A run: its flags, device, seeds and ranks, its folder and files, its log, and how it stops.
 
-A run folder is claimed once, described by `args.json`, logged as JSON lines and never half-written: every file is
-written under a temporary name beside its place and then renamed. A user's mistake is a `UserError`: one line on
-standard error, exit code 2, no traceback.
+The three scripts share what stands here. A run folder belongs to one process, is described by
+`args.json` and logged as JSON lines. A file is complete or absent: it is written under a temporary
+name beside its place, then renamed. A user's mistake is a `UserError`: one line on standard error,
+exit code 2, no traceback.
 """
+
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -20,122 +23,228 @@ from pathlib import Path
 
 import torch
 import torch.distributed as distributed
-from PIL import Image, ImageDraw
 
 try:
     import fcntl
 except ImportError:
-    fcntl = None                                           # Windows: no locks
+    fcntl = None  # Windows has no such locks
 
-ROOT = Path(__file__).resolve().parent.parent          # the repository, wherever the script is started from
-DOWNLOADS = ROOT / "data" / "downloads"                # default of --data-dir and --weights-dir; ignored by git
-LOCK, HELD = ".lock", []                               # the lock file in a run folder; open files whose locks are held
+ROOT = Path(__file__).resolve().parent.parent  # the repository, wherever a script is started from
+DOWNLOADS = ROOT / "data" / "downloads"  # default of --data-dir and --weights-dir; git ignores it
+LOCK = ".lock"  # the file in a run folder that its process holds
 
 
 class UserError(Exception):
-    """A mistake the user can mend. The message says what was wrong, which file or flag, and what to do."""
+    """A mistake that the user can mend. The message says what was wrong, where, and what to do."""
 
 
 def run_main(main):
-    """Call `main()`; a UserError ends in one line and exit code 2, Ctrl-C in exit code 130."""
+    """Call `main()`. A UserError or full memory ends in one line and exit code 2, Ctrl-C in 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:           # torch has a class of its own for GPUs alone
-        if not isinstance(error, MemoryError) and "memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else "no memory left"
-        print(f"error: out of memory ({reason}); try a smaller --batch-size", file=sys.stderr)
+        reason = first_line(error) or "no memory left"
+        print(f"error: out of memory ({reason[:200]}); try a smaller --batch-size", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arguments
+def is_out_of_memory(error):
+    """Whether an exception means a full memory, and not, say, an illegal memory access on a GPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    # PyTorch's CPU allocator has no exception class of its own.
+    return "DefaultCPUAllocator" in str(error) or "can't allocate memory" in str(error)
+
+
+def first_line(error):
+    """The first line of an exception's text; "" if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else ""
+
+
+# --------------------------------------------------------------------------------------------------
+# Flags
 
 
 def positive_int(text, low=1):
-    """argparse type: an integer of at least 1, and below 2^31."""
+    """argparse type: an integer of at least 1 and below 2^31."""
     value = int(text)
-    if not low <= value < 2 ** 31:
-        raise argparse.ArgumentTypeError(f"{text[:20]} is not a whole number from {low} to {2 ** 31 - 1}")
+    if not low <= value < 2**31:
+        raise argparse.ArgumentTypeError(
+            f"{text[:20]} is not a whole number from {low} to {2**31 - 1}"
+        )
     return value
 
 
 def non_negative_int(text):
-    """argparse type: an integer of at least 0, and below 2^31."""
+    """argparse type: an integer of at least 0 and below 2^31."""
     return positive_int(text, low=0)
 
 
-def finite_float(text, low=float("-inf"), high=float("inf")):
-    """A finite float within [low, high], for argparse types made with `functools.partial` or as it is."""
+def finite_float(text, low, high):
+    """A finite number within [low, high]."""
     value = float(text)
-    if not (low <= value <= high) or value in (float("inf"), float("-inf")):
+    if not low <= value <= high or math.isinf(value):
         raise argparse.ArgumentTypeError(f"{text} is not a number from {low} to {high}")
     return value
 
 
 def non_negative_float(text):
     """argparse type: a finite number of at least 0."""
-    return finite_float(text, low=0.0)
+    return finite_float(text, 0.0, math.inf)
 
 
 def fraction(text):
     """argparse type: a number from 0 to 1."""
-    return finite_float(text, low=0.0, high=1.0)
+    return finite_float(text, 0.0, 1.0)
 
 
 def truncation(text):
-    """argparse type: above 0, at most 1."""
-    value = finite_float(text, low=0.0, high=1.0)
+    """argparse type: a number above 0 and at most 1."""
+    value = finite_float(text, 0.0, 1.0)
     if value == 0:
         raise argparse.ArgumentTypeError("should be above 0")
     return value
 
 
-def refuse_group(parser, group, args):
-    """A parser's error if a flag of the argument group was given, though it has no meaning for this --dataset."""
+def look_ahead(argv, *flags):
+    """The values of a few flags, read before the parser is built: which other flags it gets depends
+    on them. None where a flag is not given; whatever is wrong is left for the parser to tell.
+    """
+    early = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
+    for flag in flags:
+        early.add_argument(flag, nargs="?")
+    known, _ = early.parse_known_args(argv)
+    return [getattr(known, flag.removeprefix("--")) for flag in flags]
+
+
+def refuse_flags(parser, group, args, why):
+    """The parser's error if a flag of an argument group was changed, though nothing uses it."""
     for action in group._group_actions:
         if getattr(args, action.dest) != parser.get_default(action.dest):
-            where = f"for --dataset {args.dataset}" if args.dataset else "without --dataset imagenet"
-            parser.error(f"{action.option_strings[0]}: has no meaning {where}")
+            parser.error(f"{action.option_strings[0]}: {why}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Device and seeds
 
 
 def pick_device(name):
-    """`auto` is the GPU if there is one, else the CPU. Raises UserError for a device that is not there."""
+    """`auto` is the GPU if there is one, else the CPU. UserError for a device that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]}); try --device cpu") from None
+        raise UserError(
+            f"--device {name}: not usable here ({first_line(error)}); try --device cpu"
+        ) from None
     return device
 
 
 def pick_bf16(amp, device):
-    """`auto` means bf16 where the hardware multiplies it: most GPUs, and CPUs with AVX-512 BF16 or AMX."""
+    """`auto` is bf16 where the hardware multiplies it: most GPUs, CPUs with AVX-512 BF16 or AMX."""
     if amp != "auto":
         return amp == "bf16"
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return device.type == "cpu" and supported is not None and supported()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def derived_seed(*key):
+    """The seed of one random stream of a run, from the run's seed, the stream's name and the index
+    of a step, an epoch or an image in it. All derived seeds come from here.
+
+    A stream that is seeded at each index draws the same after an interruption, on several ranks and
+    with another batch size. The formulas of three streams are older than the hash; they stay, so
+    that the bundled weights and the results in the READMEs can be repeated.
+    """
+    seed, *stream, index = key
+    if stream == ["step"]:
+        return (seed * 1_000_003 + index * 7_919 + 17) % 2**32
+    if stream == ["order"]:
+        return derived_seed(seed, "step", index) ^ 0x5EED
+    if stream == ["classifier order"]:
+        return 1_000_003 * seed + index
+    digest = hashlib.sha256(" ".join(map(str, key)).encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def seeded_generator(*key, device="cpu"):
+    """A random generator whose numbers depend on the key alone, see `derived_seed`."""
+    return torch.Generator(device).manual_seed(derived_seed(*key))
+
+
+# --------------------------------------------------------------------------------------------------
+# Several processes, started by torchrun
+
+
+def join_ranks(device):
+    """Meet the other processes that torchrun started. Returns this one's device: a GPU for each."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def rank_and_world_size():
+    """This process's index and the number of processes: (0, 1) without torchrun."""
+    if distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def is_main_rank():
+    """Whether this process writes files and prints."""
+    return rank_and_world_size()[0] == 0
+
+
+def wait_for_ranks():
+    """Return once every rank has come here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def mean_over_ranks(value):
+    """The mean of a tensor over all ranks."""
+    if distributed.is_initialized():
+        distributed.all_reduce(value)
+        value = value / distributed.get_world_size()
+    return value
+
+
+def any_across_ranks(flag, device):
+    """Whether the flag is set on any rank: they have to stop together."""
+    if not distributed.is_initialized():
+        return bool(flag)
+    return mean_over_ranks(torch.tensor(float(bool(flag)), device=device)).item() > 0
+
+
+# --------------------------------------------------------------------------------------------------
 # Files: complete or absent
 
 
-def write_atomically(path, write):
-    """`write(temporary_path)`, flush to disk, rename to `path`. A reader sees the old file or the new one, whole."""
+@contextlib.contextmanager
+def atomic(path):
+    """`with atomic(path) as temporary:` write to `temporary`. It is flushed to disk and renamed to
+    `path` at the end, so that a reader sees the old file or the new one, whole.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -146,12 +255,13 @@ def write_atomically(path, write):
 
 
 def cannot_write(path, error):
-    reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+    """The UserError of a file that could not be written."""
+    reason = getattr(error, "strerror", None) or first_line(error)
     return UserError(f"cannot write {path}: {reason}; free some space, or choose another --out")
 
 
 def append_text(path, text):
-    """Append lines; the last one may be cut by a kill."""
+    """Append lines. A kill may cut the last one."""
     try:
         with open(path, "a") as file:
             file.write(text)
@@ -160,11 +270,11 @@ def append_text(path, text):
 
 
 def file_sha256(path):
-    """The hash of a file, in hexadecimal. UserError if it cannot be read."""
+    """The SHA-256 of a file in hexadecimal. UserError if it cannot be read."""
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while block := file.read(2 ** 20):
+            while block := file.read(2**20):
                 digest.update(block)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from None
@@ -172,198 +282,224 @@ def file_sha256(path):
 
 
 def write_json(path, value):
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(value, indent=1) + "\n"))
+    """Write a value as JSON, atomically. Paths become strings."""
+    with atomic(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1, default=str) + "\n")
 
 
 def save_tensors(path, value):
-    """`torch.save` of tensors and plain values, so that `weights_only=True` can read it back."""
-    def write(temporary):
+    """Write tensors and plain values, atomically, so that `weights_only=True` can read them."""
+    with atomic(path) as temporary:
         try:
             torch.save(value, temporary)
-        except RuntimeError as error:                      # torch's writer has no OSError for a full disk
+        except RuntimeError as error:  # torch's writer has no OSError for a full disk
             raise cannot_write(path, error) from None
-
-    write_atomically(path, write)
 
 
 def load_tensors(path, device="cpu"):
-    """`torch.load(weights_only=True)`, memory-mapped if the format allows. UserError if missing, damaged or unsafe."""
+    """What a file of tensors holds, read with `weights_only=True` and memory-mapped if possible.
+
+    UserError if the file is missing, damaged, or holds anything that could run code.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
         refuse_compressed(path)
-        try:
-            return torch.load(path, map_location=device, weights_only=True, mmap=True)
-        except RuntimeError as error:                  # files older than torch 1.6 are not zip archives
-            if "mmap" not in str(error):
-                raise
-            return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:                         # damaged files raise nearly anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: not a readable weights file, damaged or of a foreign kind ({reason[:160]})") from None
+        # Files older than torch 1.6 are not zip archives and cannot be mapped.
+        return torch.load(
+            path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except Exception as error:  # damaged files raise nearly anything
+        reason = first_line(error) or type(error).__name__
+        raise UserError(
+            f"{path}: not a readable weights file, damaged or of a foreign kind ({reason[:160]})"
+        ) from None
 
 
 def refuse_compressed(path):
-    """ValueError for an archive with compressed parts: torch writes none, and a small one may unpack to any size."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-                raise ValueError("a compressed archive, which torch never writes")
+    """ValueError for an archive with compressed parts: torch writes none, and a small one may
+    unpack to any size.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise ValueError("a compressed archive, which torch never writes")
 
 
-def intact_archive(path):
-    """Whether the checksums within a zip archive are right, as torch writes it since 2020. Older forms have none."""
+def is_intact_archive(path):
+    """Whether the checksums within a zip archive, which torch writes since 2020, are right. Older
+    formats have none and pass.
+    """
     with open(path, "rb") as file:
         if file.read(2) != b"PK":
             return True
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except Exception:                                      # damaged ones raise nearly anything
+    except Exception:  # damaged archives raise nearly anything
         return False
 
 
-def save_png(path, image):
-    """`image`: uint8 tensor (3, H, W)."""
-    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-    write_atomically(path, lambda temporary: picture.save(temporary, format="PNG"))
-
-
-def tile_sheet(images, column_titles=(), row_titles=(), scale=3, gap=2):
-    """A labelled contact sheet.
-
-    images: (rows, columns, 1 or 3, H, W) in [0, 1]. Titles are drawn above the columns and left of the rows.
-    Returns a uint8 tensor (3, height, width).
-    """
-    rows, columns, _, height, width = images.shape
-    images = images.expand(rows, columns, 3, height, width).mul(255).round().clamp(0, 255).to(torch.uint8).cpu()
-    images = images.repeat_interleave(scale, 3).repeat_interleave(scale, 4)
-    height, width = height * scale + gap, width * scale + gap
-    longest = max((len(line) for title in row_titles for line in title.split("\n")), default=0)
-    left, top = (8 + 7 * longest if row_titles else gap), (16 if column_titles else gap)
-    sheet = torch.full((3, top + rows * height, left + columns * width), 255, dtype=torch.uint8)
-    for row in range(rows):
-        for column in range(columns):
-            y, x = top + row * height, left + column * width
-            sheet[:, y:y + height - gap, x:x + width - gap] = images[row, column]
-    picture = Image.fromarray(sheet.permute(1, 2, 0).contiguous().numpy())
-    draw = ImageDraw.Draw(picture)
-    for column, title in enumerate(column_titles):
-        draw.text((left + column * width + width // 2, top // 2), title, fill="black", anchor="mm")
-    for row, title in enumerate(row_titles):
-        draw.text((left - 5, top + row * height + height // 2), title, fill="black", anchor="rm")
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(*sheet.shape[1:], 3).permute(2, 0, 1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Run folders
 
 
+@contextlib.contextmanager
 def claim_folder(out, script, resuming):
-    """Make the run folder `out`, and hold it until this process ends: a second one is refused.
+    """`with claim_folder(...):` make the run folder and hold it; a second process is refused.
 
-    A folder that is not empty is taken only if `script` made it and it is to be resumed.
+    A folder that is not empty is taken only if `script` made it and it is to be resumed. With
+    several ranks, rank 0 holds it for all. UserError for any other folder.
     """
+    if not is_main_rank():
+        yield
+        return
     out = Path(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: a file of that name exists; choose another folder")
-    if out.is_dir() and any(path.name != LOCK for path in out.iterdir()):
-        try:
-            ours = json.loads((out / "args.json").read_text())["script"] == Path(script).name
-        except (OSError, ValueError, KeyError, TypeError):
-            ours = False
-        if not (ours and resuming):
-            hint = "continue it with --resume, or choose another folder" if ours else "choose another folder"
-            raise UserError(f"--out {out}: the folder holds {'another run' if ours else 'other files'}; {hint}")
+    check_folder(out, Path(script).name, resuming)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot make the folder ({error.strerror})") from None
-    if not hold(out / LOCK):
-        raise UserError(f"--out {out}: another process is at work in this folder; wait for it, or choose another folder")
-    for left in out.glob("**/.*.tmp"):                     # of a run that was killed while writing
-        left.unlink(missing_ok=True)
-    return out
+    lock = lock_file(out / LOCK)
+    if not lock:
+        raise UserError(
+            f"--out {out}: another process is at work in this folder; wait for it, or choose "
+            "another folder"
+        )
+    with lock:
+        for left in out.glob("**/.*.tmp"):  # of a run that was killed while writing
+            left.unlink(missing_ok=True)
+        yield
 
 
-def hold(path, wait=False):
-    """Lock the file `path` until this process ends, or what is returned is closed. None if another process has it."""
+def check_folder(out, script, resuming):
+    """UserError if `out` cannot be this run's folder."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: a file of that name exists; choose another folder")
+    if not out.is_dir() or all(path.name == LOCK for path in out.iterdir()):
+        return
+    try:
+        ours = json.loads((out / "args.json").read_text())["script"] == script
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"--out {out}: the folder holds other files; choose another folder")
+    if not resuming:
+        raise UserError(
+            f"--out {out}: the folder holds another run; continue it with --resume, or choose "
+            "another folder"
+        )
+
+
+def lock_file(path, wait=False):
+    """Lock the file `path` until what is returned is closed. None if another process has it."""
     file = open(path, "a")
     try:
-        # Of this kind because processes forked from this one, such as data loaders, do not inherit it.
+        # Locks of this kind are not inherited by forked processes such as data loaders.
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):
         file.close()
         return None
-    except OSError:                                        # a file system without locks
+    except OSError:  # a file system without locks
         pass
-    HELD.append(file)
     return file
 
 
 def describe_run(out, script, args):
-    """Write `args.json` (arguments, versions, device, git revision) and a copy of the script into the run folder."""
-    revision = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    facts = {"script": Path(script).name, "args": plain(args), "revision": revision.stdout.strip() or None,
-             "python": platform.python_version(), "torch": torch.__version__, "threads": torch.get_num_threads(),
-             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"}
-    write_json(out / "args.json", facts)
-    write_atomically(out / Path(script).name, lambda temporary: temporary.write_bytes(Path(script).read_bytes()))
+    """Write args.json (arguments, versions, device, git revision) and a copy of the script.
+
+    args: a dict. Only rank 0 writes.
+    """
+    if not is_main_rank():
+        return
+    script = Path(script)
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    device = platform.processor() or "cpu"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    description = {
+        "script": script.name,
+        "args": to_jsonable(args),
+        "revision": revision or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "device": device,
+    }
+    write_json(out / "args.json", description)
+    with atomic(out / script.name) as temporary:
+        temporary.write_bytes(script.read_bytes())
 
 
-def plain(args):
-    """Arguments as JSON can hold them."""
-    def text(value):
-        return [*map(text, value)] if isinstance(value, list) else str(value) if isinstance(value, Path) else value
+def to_jsonable(args):
+    """Arguments (a dict) as they read back from JSON: paths become strings."""
+    return json.loads(json.dumps(args, default=str))
 
-    return {key: text(value) for key, value in vars(args).items()}
+
+# --------------------------------------------------------------------------------------------------
+# Log and stop
 
 
 class Log:
-    """JSON lines in `path`, and a progress line on the screen (one that renews itself on a terminal).
+    """JSON lines in `path`, and a progress line on the screen, which renews itself on a terminal.
 
-    On resuming at `step`, with `epoch` epochs evaluated, later lines are dropped: they will be written again. Numbers go
-    to TensorBoard, too, into the folder of `path`, if its package is installed.
+    When a run resumes at `step` with `epoch` epochs evaluated, later lines are dropped: they will
+    be written again. Values go to TensorBoard, too, into the folder of `path`, if it is installed.
     """
 
     def __init__(self, path, step=0, epoch=math.inf):
-        def earlier(line):
-            try:
-                values = json.loads(line)
-                return values["step"] <= step and values.get("epoch", 0) <= epoch
-            except (ValueError, KeyError, TypeError):      # the last one may be cut
-                return False
-
         lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-        kept = [line for line in lines if earlier(line)]
-        write_atomically(path, lambda temporary: temporary.write_text("".join(line + "\n" for line in kept)))
+        kept = [line for line in lines if is_earlier(line, step, epoch)]
+        with atomic(path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
         self.file = open(path, "a", buffering=1)
-        self.start, self.first, self.live = time.time(), step, sys.stdout.isatty()
+        self.first_step = step
+        self.start_time = time.time()
+        self.live = sys.stdout.isatty()
         self.board = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
+
             self.board = SummaryWriter(path.parent, purge_step=step + 1)
 
     def write(self, step, **values):
+        """Append one line of named numbers."""
         self.file.write(json.dumps({"step": step} | values) + "\n")
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
             self.board.flush()
 
-    def progress(self, step, last, values):
-        """Print step, rate, time left and `values` (name -> number)."""
-        rate = (step - self.first) / max(time.time() - self.start, 1e-9)
-        left = (last - step) / max(rate, 1e-9)
-        text = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        line = f"{step}/{last}  {rate:.1f} steps/s  {int(left) // 60}:{int(left) % 60:02d} left  {text}"
-        print(f"\r\x1b[K{line}" if self.live else line, end="" if self.live and step < last else "\n", flush=True)
+    def progress(self, step, last_step, values):
+        """Print the step, the rate, the time left, and values by name."""
+        rate = (step - self.first_step) / max(time.time() - self.start_time, 1e-9)
+        left = int((last_step - step) / max(rate, 1e-9))
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
+        line = (
+            f"{step}/{last_step}  {rate:.1f} steps/s  {left // 60}:{left % 60:02d} left  {numbers}"
+        )
+        if not self.live:
+            print(line, flush=True)
+            return
+        end = "" if step < last_step else "\n"
+        print(f"\r\x1b[K{line}", end=end, flush=True)
+
+
+def is_earlier(line, step, epoch):
+    """Whether a line of a log belongs to what was done by this step and epoch."""
+    try:
+        values = json.loads(line)
+        return values["step"] <= step and values.get("epoch", 0) <= epoch
+    except (ValueError, KeyError, TypeError, AttributeError):  # a kill may have cut the last one
+        return False
 
 
 class StopSignal:
-    """Truthy once SIGTERM or Ctrl-C has come: finish the step, save, leave. A second Ctrl-C ends at once."""
+    """True once SIGTERM or Ctrl-C has come: finish the step, save, leave. A second ends at once."""
 
     def __init__(self):
         self.received = False
@@ -377,42 +513,3 @@ class StopSignal:
 
     def __bool__(self):
         return self.received
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Several processes, started by torchrun
-
-
-def join_ranks(device):
-    """Meet the other processes that torchrun started. Returns this one's device: on GPUs, one for each."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return device
-
-
-def rank_and_ranks():
-    """This process's number and how many there are."""
-    return (distributed.get_rank(), distributed.get_world_size()) if distributed.is_initialized() else (0, 1)
-
-
-def wait_for_ranks():
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
-def mean_over_ranks(value):
-    """The mean of a tensor over all ranks."""
-    if distributed.is_initialized():
-        distributed.all_reduce(value)
-        value = value / distributed.get_world_size()
-    return value
-
-
-def any_rank(flag, device):
-    """Whether the flag is set on any rank: they have to stop together."""
-    if not distributed.is_initialized():
-        return bool(flag)
-    return mean_over_ranks(torch.tensor(float(bool(flag)), device=device)).item() > 0

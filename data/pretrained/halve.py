@@ -1,0 +1,27 @@
+"""Make a bundled file of a run: the moving average in half precision, and the run's arguments.
+
+python -m data.pretrained.halve runs/colored/weights.pt data/pretrained/colored_mnist.pt
+"""
+
+import argparse
+from pathlib import Path
+
+from data import runs, weights
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("weights", type=Path, help="a run's weights.pt")
+    parser.add_argument("out", type=Path, help="file to write")
+    args = parser.parse_args()
+    content = runs.load_tensors(args.weights)
+    if not isinstance(content, dict) or not {"average", "args"} <= content.keys():
+        raise runs.UserError(
+            f"{args.weights}: holds no moving average with its arguments; give a run's weights.pt"
+        )
+    average = weights.to_half(content["average"])
+    runs.save_tensors(args.out, {"average": average, "args": content["args"]})
+
+
+if __name__ == "__main__":
+    runs.run_main(main)

@@ -1,502 +1,784 @@
 """Generate counterfactual images with a trained CGN (Sauer & Geiger, ICLR 2021, section 3.3).
 
-    python generate.py                                            # pictures to look at, of the weights that come along
-    python generate.py --dataset wildlife_mnist --n 100000 --out runs/wildlife-cf                           # a data set
-    python generate.py --weights runs/first/weights.pt --n 100000 --factual --out runs/first-factual   # one label for all
+This file has two parts, each whole without the other. MNIST variants:
 
-A data set is a folder of chunk_00000.pt, chunk_00001.pt, ..., each with `images`, uint8 (n, 3, 32, 32), and `labels`,
-uint8 (n, 3): the classes of shape, texture and background. dataset.json is written last, when all chunks are there.
-Image i depends on the seed, --per-shape, --jitter and i alone, so an interrupted run goes on with --resume.
+    python generate.py                                    # pictures, of the bundled weights
+    python generate.py --dataset wildlife_mnist --n 100000 --out runs/wildlife-cf     # a data set
+    python generate.py --weights runs/first/weights.pt --n 100000 --out runs/first-cf
 
-    python generate.py --dataset imagenet --n 50000 --out runs/counterfactuals          # the authors' weights, fetched
+A data set is a folder of chunk_00000.pt, chunk_00001.pt, ..., each with `images`, uint8 (n, 3, 32,
+32), and `labels`, uint8 (n, 3): the classes of shape, texture and background. dataset.json is
+written last, when all chunks are there. ImageNet:
+
+    python generate.py --dataset imagenet --n 50000 --out runs/counterfactuals   # authors' weights
     python generate.py --dataset imagenet --shape tabby --texture zebra --n 8 --out runs/cats
     python generate.py --dataset imagenet --interpolate all --to zebra --out runs/morph
 
-ImageNet's are files, counterfactual/0000000.jpg, ..., and labels.csv, a row for each that is there.
+writes pictures, counterfactual/0000000.jpg, ..., and labels.csv, a row for each. In both parts
+image i depends on the seed, the settings and i alone: an interrupted run continues with --resume.
 """
+
 import argparse
 import concurrent.futures
 import csv
-import difflib
-import hashlib
 import io
 import json
+import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-import torchvision
 from PIL import Image
 
-from data.frozen import fold
-from data.mnist import SIZE, VARIANTS
-from data.runs import (DOWNLOADS, ROOT, StopSignal, UserError, append_text, claim_folder, describe_run, file_sha256,
-                       intact_archive, join_ranks, load_tensors, non_negative_float, non_negative_int, pick_bf16,
-                       pick_device, positive_int, rank_and_ranks, refuse_group, run_main, save_png, save_tensors,
-                       tile_sheet, truncation, wait_for_ranks, write_atomically, write_json)
-from data.sheets import sample_sheet
-from data.weights import find_file, find_or_download
-from kernels import shuffle_patches
-from train_cgn import (CLASSES, LATENT, load_generator, load_imagenet_generator, truncated_normal)
+import train_cgn
+from data import checkpoints, download, imagenet, mnist, pictures, runs
+from kernels import compose, shuffle_patches
 
-CHUNK = 2_000                                              # images in a file
-BLOCK = 1_000                                              # random numbers are drawn for so many images at a time
-LAST = 10 ** 7                                             # ImageNet's images are numbered with seven digits
-SLICE = 100                                                # latents that a network sees at a time
-SHAPE, TEXTURE, BACKGROUND = range(3)                      # mechanisms, each with a stream of random numbers
+# ==================================================================================================
+# MNIST
+
+CHUNK = 2_000  # images in a file
+BLOCK = 1_000  # random numbers are drawn for so many images at a time
+SLICE = 100  # latents that a network sees at a time
+SHAPE, TEXTURE, BACKGROUND = range(3)  # the mechanisms, each with a random stream of its own
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Random numbers that depend on the seed and the image's number alone
+# --------------------------------------------------------------------------------------------------
+# MNIST: random numbers that depend on the seed and the image's index alone
 
 
-def draw_block(seed, stream, number):
-    """Of one block of one mechanism: latents (BLOCK, 32), classes (BLOCK,), shuffling offsets (BLOCK, 2), and shifts of
-    the colour (BLOCK, 3), N(0, 1)."""
-    digest = hashlib.sha256(f"{seed} {stream} {number}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    return (torch.randn(BLOCK, LATENT, generator=generator), torch.randint(CLASSES, (BLOCK,), generator=generator),
-            torch.randint(SIZE, (BLOCK, 2), generator=generator), torch.randn(BLOCK, 3, generator=generator))
+class Latents(NamedTuple):
+    """What a mechanism draws from, for n images."""
+
+    z: torch.Tensor  # (n, 32), N(0, 1)
+    y: torch.Tensor  # (n,), classes
+    offset: torch.Tensor  # (n, 2), of the patch shuffling
+    shift: torch.Tensor  # (n, 3), N(0, 1), of the color channels
 
 
-def draw(seed, stream, start, stop):
-    """Latents, classes, offsets and shifts of numbers start..stop-1, drawn on the CPU, so that every device agrees."""
-    first = start // BLOCK
-    blocks = [draw_block(seed, stream, number) for number in range(first, (stop - 1) // BLOCK + 1)]
-    return [torch.cat(parts)[start - first * BLOCK:stop - first * BLOCK] for parts in zip(*blocks)]
+def sample_latents(seed, stream, start, stop, device="cpu"):
+    """Latents of images start to stop - 1, drawn on the CPU, so that all devices agree."""
+    blocks = []
+    for block in range(start // BLOCK, math.ceil(stop / BLOCK)):
+        generator = runs.seeded_generator(seed, stream, block)
+        latents = Latents(
+            torch.randn(BLOCK, train_cgn.LATENT, generator=generator),
+            torch.randint(train_cgn.CLASSES, (BLOCK,), generator=generator),
+            torch.randint(mnist.SIZE, (BLOCK, 2), generator=generator),
+            torch.randn(BLOCK, 3, generator=generator),
+        )
+        blocks.append(latents)
+    first = start // BLOCK * BLOCK
+    joined = [torch.cat(parts)[start - first : stop - first] for parts in zip(*blocks)]
+    return Latents(*(part.to(device) for part in joined))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data sets
+def run_mechanism(mechanism, seed, stream, start, stop, device):
+    """A mechanism's outputs (n, C, 32, 32) and classes (n,) for images start to stop - 1.
 
-
-def make(mechanism, seed, stream, start, stop, device):
-    """Outputs and classes of numbers start..stop-1 of a stream.
-
-    The network always sees whole slices of SLICE latents that begin at multiples of SLICE: kernels round differently
-    for other batch sizes, and some pixel would tip over to the next of its 256 values.
+    The network always sees whole slices, which begin at multiples of SLICE: kernels round
+    differently for other batch sizes, and some pixel would get the next of its 256 values.
     """
-    first, last = start // SLICE * SLICE, -(-stop // SLICE) * SLICE
-    z, y = draw(seed, stream, first, last)[:2]
-    outputs = [mechanism(*part) for part in zip(z.to(device).split(SLICE), y.to(device).split(SLICE))]
-    return [x[start - first:stop - first] for x in (torch.cat(outputs), y)]
+    first = start // SLICE * SLICE
+    last = math.ceil(stop / SLICE) * SLICE
+    latents = sample_latents(seed, stream, first, last, device)
+    slices = zip(latents.z.split(SLICE), latents.y.split(SLICE))
+    outputs = torch.cat([mechanism(z, y) for z, y in slices])
+    return outputs[start - first : stop - first], latents.y[start - first : stop - first]
+
+
+# --------------------------------------------------------------------------------------------------
+# MNIST: data sets
+
+
+class Settings(NamedTuple):
+    """What the images of a data set depend on, beside their index."""
+
+    seed: int
+    per_shape: int  # texture and background pairs for each mask
+    jitter: float  # standard deviation of the shift of a texture's color, colors from 0 to 1
+    factual: bool  # one latent and one class for all three mechanisms
+    weights_sha256: str
 
 
 @torch.inference_mode()
-def generate_batch(cgn, args, start, stop, device):
-    """Images start..stop-1 of the data set: uint8 (n, 3, 32, 32), labels uint8 (n, 3), both on the CPU."""
-    shape_of = torch.arange(start, stop) // args.per_shape                                # each mask serves per_shape
-    first = start // args.per_shape
-    mask, y = make(cgn.mask, args.seed, SHAPE, first, (stop - 1) // args.per_shape + 1, device)
-    mask, classes, textures = mask[(shape_of - first).to(device)], [y[shape_of - first]], []
-    for stream, mechanism in ((TEXTURE, cgn.foreground), (BACKGROUND, cgn.background)):
-        offsets, shifts = (x.to(device) for x in draw(args.seed, stream, start, stop)[2:])
-        # Factual images are as in training: one latent and one class for all three mechanisms.
-        texture, y = make(mechanism, args.seed, SHAPE if args.factual else stream, start, stop, device)
-        texture = shuffle_patches(texture, offsets) + 2 * args.jitter * shifts[..., None, None]
-        textures.append(texture.clamp_(-1, 1))
-        classes.append(y)
-    images = torch.lerp(textures[1], textures[0], mask).add_(1).mul_(127.5).round_().to(torch.uint8)
-    return images.cpu(), torch.stack(classes, 1).to(torch.uint8)
+def generate_batch(cgn, settings, start, stop, device):
+    """Images start to stop - 1 of a data set, uint8 (n, 3, 32, 32), and labels, uint8 (n, 3).
+
+    Both lie on the CPU.
+    """
+    per_shape = settings.per_shape
+    shape_index = torch.arange(start, stop, device=device) // per_shape
+    first = start // per_shape
+    last = (stop - 1) // per_shape + 1
+    masks, shapes = run_mechanism(cgn.mask, settings.seed, SHAPE, first, last, device)
+    mask = masks[shape_index - first]  # (n, 1, 32, 32)
+    foreground, textures = generate_texture(cgn.foreground, settings, TEXTURE, start, stop, device)
+    background, backgrounds = generate_texture(
+        cgn.background, settings, BACKGROUND, start, stop, device
+    )
+    images = compose(mask, foreground, background)  # (n, 3, 32, 32) in [-1, 1]
+    images = images.add_(1).mul_(127.5).round_().to(torch.uint8)
+    labels = torch.stack([shapes[shape_index - first], textures, backgrounds], 1)
+    return images.cpu(), labels.to(torch.uint8).cpu()
 
 
-def generate_dataset(cgn, args, out, device):
-    """Write the chunks that are missing, then dataset.json. Memory stays that of one chunk."""
-    settings = {name: getattr(args, name) for name in ("seed", "per_shape", "jitter", "factual", "weights_sha256")}
-    starts, signal = range(0, args.n, CHUNK), StopSignal()
-    for number, start in enumerate(starts):
+def generate_texture(mechanism, settings, stream, start, stop, device):
+    """Shuffled and shifted textures (n, 3, 32, 32) in [-1, 1], and their classes (n,)."""
+    # Factual images are as in training: one latent and one class for all three mechanisms.
+    source = SHAPE if settings.factual else stream
+    texture, y = run_mechanism(mechanism, settings.seed, source, start, stop, device)
+    latents = sample_latents(settings.seed, stream, start, stop, device)
+    texture = shuffle_patches(texture, latents.offset)
+    texture = texture + 2 * settings.jitter * latents.shift[..., None, None]
+    return texture.clamp_(-1, 1), y
+
+
+def generate_dataset(cgn, args, settings, description, device):
+    """Write the chunks that are missing, then dataset.json. Memory stays that of one chunk.
+
+    description: further entries of dataset.json.
+    """
+    stop_signal = runs.StopSignal()
+    starts = range(0, args.n, CHUNK)
+    for chunk, start in enumerate(starts):
         stop = min(start + CHUNK, args.n)
-        path = out / f"chunk_{number:05d}.pt"
-        if path.is_file() and (before := chunk_settings(path)):
-            if before != settings | {"start": start, "stop": stop}:
-                raise UserError(f"--resume: {path} was made with other settings or weights; give the same ones, or "
-                                "choose another --out")
+        path = args.out / f"chunk_{chunk:05d}.pt"
+        own = settings._asdict() | {"start": start, "stop": stop}
+        if is_there(path, own):
             continue
-        if signal:
-            print(f"\n{out}: stopped after {start} of {args.n} images; go on with the same command and --resume")
+        if stop_signal:
+            print(
+                f"\n{args.out}: stopped after {start} of {args.n} images; resume with the same "
+                "command and --resume"
+            )
             return
-        parts = [generate_batch(cgn, args, i, min(i + args.batch_size, stop), device)
-                 for i in range(start, stop, args.batch_size)]
-        images, labels = (torch.cat(column) for column in zip(*parts))
-        save_tensors(path, {"images": images, "labels": labels, "settings": settings | {"start": start, "stop": stop}})
+        images, labels = [], []
+        for first in range(start, stop, args.batch_size):
+            last = min(first + args.batch_size, stop)
+            batch_images, batch_labels = generate_batch(cgn, settings, first, last, device)
+            images.append(batch_images)
+            labels.append(batch_labels)
+        content = {"images": torch.cat(images), "labels": torch.cat(labels), "settings": own}
+        runs.save_tensors(path, content)
         print(f"\r{stop}/{args.n} images", end="", flush=True)
-    write_json(out / "dataset.json", settings | {"n": args.n, "chunks": len(starts), "dataset": args.dataset,
-                                                 "offline": args.offline, "weights": str(args.weights)})
-    print(f"\n{out}: {args.n} images; next: python train_classifier.py --train counterfactual --counterfactual {out}")
+    summary = settings._asdict() | {"n": args.n, "chunks": len(starts)} | description
+    runs.write_json(args.out / "dataset.json", summary)
+    print(
+        f"\n{args.out}: {args.n} images; next: python train_classifier.py --dataset "
+        f"{description['dataset']} --train counterfactual --counterfactual {args.out}"
+    )
 
 
-def pretrained(dataset):
-    """The weights of a variant that come with the project, or UserError."""
-    path = ROOT / "data" / "pretrained" / f"{dataset}.pt"
-    if dataset not in VARIANTS or not path.is_file():
-        raise UserError(f"--dataset {dataset}: no weights in {path.parent}; give --weights, a training's weights.pt")
+def is_there(path, settings):
+    """Whether an intact chunk with these settings is there. UserError if it has other settings."""
+    if not path.is_file():
+        return False
+    try:
+        content = runs.load_tensors(path) if runs.is_intact_archive(path) else None
+        before = content["settings"]
+    except (runs.UserError, KeyError, TypeError):
+        print(f"warning: {path} is damaged; made again", file=sys.stderr)
+        return False
+    if before != settings:
+        raise runs.UserError(
+            f"--resume: {path} was made with other settings or weights; give the same ones, or "
+            "choose another --out"
+        )
+    return True
+
+
+# --------------------------------------------------------------------------------------------------
+# MNIST: pictures
+
+
+@torch.inference_mode()
+def write_sheets(cgn, args, device):
+    """Sheets of the mechanisms, of counterfactuals, and of interpolations between classes."""
+    pictures.save_png(args.out / "mechanisms.png", pictures.mechanism_sheet(cgn))
+    sheet = draw_counterfactuals(cgn, args.seed, device)
+    pictures.save_png(args.out / "counterfactuals.png", sheet)
+    moving = {
+        "shape": [SHAPE],
+        "texture": [TEXTURE],
+        "background": [BACKGROUND],
+        "all": [SHAPE, TEXTURE, BACKGROUND],
+    }
+    for name, mechanisms in moving.items():
+        sheet = draw_interpolation(cgn, mechanisms, args.seed, device)
+        pictures.save_png(args.out / f"interpolation_{name}.png", sheet)
+    files = sorted(file.name for file in args.out.glob("*.png"))
+    print(f"{args.out}: {', '.join(files)}")
+
+
+def draw_counterfactuals(cgn, seed, device):
+    """A sheet: one shape in each row, one pair of textures in each column."""
+    y = torch.arange(train_cgn.CLASSES, device=device)
+    shape = sample_latents(seed, SHAPE, 0, train_cgn.CLASSES, device)
+    texture = sample_latents(seed, TEXTURE, 0, train_cgn.CLASSES, device)
+    scene = sample_latents(seed, BACKGROUND, 0, train_cgn.CLASSES, device)
+    mask = cgn.mask(shape.z, y)
+    foreground = shuffle_patches(cgn.foreground(texture.z, y), texture.offset)
+    background = cgn.background(scene.z, (y + 3) % train_cgn.CLASSES)  # any other class
+    background = shuffle_patches(background, scene.offset)
+    titles = [f"f{c} b{(c + 3) % train_cgn.CLASSES}" for c in range(train_cgn.CLASSES)]
+    return pictures.counterfactual_sheet(mask, foreground, background, titles)
+
+
+def draw_interpolation(cgn, mechanisms, seed, device, steps=11):
+    """A sheet whose row c goes from class c to class c + 1 in the given mechanisms.
+
+    The class embedding is interpolated, the latents are fixed.
+    """
+    latents = sample_latents(seed, SHAPE, 0, train_cgn.CLASSES, device)
+    y = torch.arange(train_cgn.CLASSES, device=device)
+    start = cgn.label_emb(y)
+    end = cgn.label_emb((y + 1) % train_cgn.CLASSES)
+    columns = []
+    for position in torch.linspace(0, 1, steps, device=device):
+        classes = [start] * 3
+        for mechanism in mechanisms:
+            classes[mechanism] = torch.lerp(start, end, position)
+        mask = cgn.mask(latents.z, classes[SHAPE])
+        foreground = cgn.foreground(latents.z, classes[TEXTURE])
+        background = cgn.background(latents.z, classes[BACKGROUND])
+        foreground = shuffle_patches(foreground, latents.offset)
+        background = shuffle_patches(background, latents.offset)
+        columns.append(compose(mask, foreground, background))
+    titles = [f"{c} to {(c + 1) % train_cgn.CLASSES}" for c in range(train_cgn.CLASSES)]
+    return pictures.interpolation_sheet(columns, titles)
+
+
+def bundled_weights(dataset):
+    """The path of the bundled weights of a variant. UserError if there are none."""
+    path = runs.ROOT / "data" / "pretrained" / f"{dataset}.pt"
+    if not path.is_file():
+        raise runs.UserError(
+            f"--dataset {dataset}: no weights in {path.parent}; give --weights, a training's "
+            "weights.pt"
+        )
     return path
 
 
-def chunk_settings(path):
-    """What a chunk was made with; None if it is damaged, to be made again."""
-    try:
-        content = load_tensors(path) if intact_archive(path) else None
-        return content["settings"]
-    except (UserError, KeyError, TypeError):
-        print(f"warning: {path} is damaged; made again", file=sys.stderr)
-        return None
+def generate_mnist(args, device):
+    """Write a data set of --n images, or without --n sheets to look at, into args.out."""
+    weights = args.weights or bundled_weights(args.dataset or "colored_mnist")
+    cgn, trained = train_cgn.load_generator(weights, raw=args.raw_weights)
+    if args.dataset and trained.get("dataset", args.dataset) != args.dataset:
+        raise runs.UserError(
+            f"--dataset {args.dataset}: {weights} was trained on {trained['dataset']}"
+        )
+    offline = bool(trained.get("offline"))
+    if offline:
+        print(
+            "OFFLINE weights: trained on synthetic digits. No image of them says anything of MNIST."
+        )
+    cgn.to(device)
+    sha256 = runs.file_sha256(weights)
+    settings = Settings(
+        seed=args.seed,
+        per_shape=1 if args.factual else args.per_shape,
+        jitter=0.0 if args.factual else args.jitter,
+        factual=args.factual,
+        weights_sha256=sha256,
+    )
+    description = {
+        "dataset": args.dataset or trained.get("dataset"),
+        "offline": offline,
+        "weights": str(weights),
+    }
+    with runs.claim_folder(args.out, __file__, args.resume):
+        arguments = vars(args) | description | {"weights_sha256": sha256}
+        runs.describe_run(args.out, __file__, arguments)
+        if args.n:
+            generate_dataset(cgn, args, settings, description, device)
+        else:
+            write_sheets(cgn, args, device)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# --------------------------------------------------------------------------------------------------
+# MNIST: flags
 
 
-@torch.inference_mode()
-def counterfactual_sheet(cgn, seed, device):
-    """One shape per row, one pair of textures per column. The left column shows the row's mask."""
-    z, y = (x.to(device) for x in draw(seed, SHAPE, 0, CLASSES)[:2])
-    y = torch.arange(CLASSES, device=device)
-    mask = cgn.mask(z, y)
-    textures = []
-    for stream, mechanism in ((TEXTURE, cgn.foreground), (BACKGROUND, cgn.background)):
-        z, _, offsets = (x.to(device) for x in draw(seed, stream, 0, CLASSES)[:3])
-        textures.append(shuffle_patches(mechanism(z, (y + 3 * (stream == BACKGROUND)) % CLASSES), offsets))
-    foreground, background = textures
-    composites = torch.lerp(background[None], foreground[None], mask[:, None])                       # (10, 10, 3, ...)
-    images = torch.cat([mask.expand(-1, 3, -1, -1)[:, None] * 2 - 1, composites], 1) / 2 + 0.5
-    titles = ["mask", *(f"f{c} b{(c + 3) % CLASSES}" for c in range(CLASSES))]
-    return tile_sheet(images, titles, [str(c) for c in range(CLASSES)])
+def parse_mnist(parser, argv):
+    """The arguments of a MNIST variant."""
+    data = parser.add_argument_group("data set (with --n)")
+    data.add_argument(
+        "--n", type=runs.positive_int, help="images in the data set; without, sheets to look at"
+    )
+    data.add_argument(
+        "--batch-size", type=runs.positive_int, default=500,
+        help="images in a batch; changes no image",
+    )
+    data.add_argument(
+        "--factual", action="store_true",
+        help="one latent and one class for all three mechanisms: the generator's idea of the "
+        "training data",
+    )
+    mixing = parser.add_argument_group("counterfactuals (with --n, without --factual)")
+    mixing.add_argument(
+        "--per-shape", type=runs.positive_int, default=1,
+        help="texture and background pairs for each mask",
+    )
+    mixing.add_argument(
+        "--jitter", type=runs.non_negative_float, default=0.05, metavar="S",
+        help="shift the colors of each foreground and each background by N(0, S); they are 0 to 1",
+    )
+    args = parser.parse_args(argv)
+    if not args.n:
+        runs.refuse_flags(parser, data, args, "needs --n")
+        runs.refuse_flags(parser, mixing, args, "needs --n")
+    if args.factual:
+        runs.refuse_flags(parser, mixing, args, "has no meaning with --factual")
+    return args
 
 
-@torch.inference_mode()
-def interpolation_sheet(cgn, mechanisms, seed, device, steps=11):
-    """Row c goes from class c to c + 1 in the given mechanisms, by its class embedding, with the latents fixed."""
-    z, _, offsets = (x.to(device) for x in draw(seed, SHAPE, 0, CLASSES)[:3])
-    y = torch.arange(CLASSES, device=device)
-    start, end = cgn.label_emb(y), cgn.label_emb((y + 1) % CLASSES)
-    columns = []
-    for position in torch.linspace(0, 1, steps, device=device):
-        between = torch.lerp(start, end, position)
-        mask, foreground, background = (
-            draw_one(z, between if mechanism in mechanisms else start)
-            for mechanism, draw_one in enumerate((cgn.mask, cgn.foreground, cgn.background)))
-        columns.append(torch.lerp(shuffle_patches(background, offsets), shuffle_patches(foreground, offsets), mask))
-    rows = [f"{c} to {(c + 1) % CLASSES}" for c in range(CLASSES)]
-    return tile_sheet(torch.stack(columns, 1) / 2 + 0.5, [], rows)
-
-
-def write_sheets(cgn, args, out, device):
-    save_png(out / "mechanisms.png", sample_sheet(cgn))
-    save_png(out / "counterfactuals.png", counterfactual_sheet(cgn, args.seed, device))
-    choices = {"shape": [SHAPE], "texture": [TEXTURE], "background": [BACKGROUND], "all": [SHAPE, TEXTURE, BACKGROUND]}
-    for name, mechanisms in choices.items():
-        save_png(out / f"interpolation_{name}.png", interpolation_sheet(cgn, mechanisms, args.seed, device))
-    print(f"{out}: " + ", ".join(sorted(file.name for file in out.glob("*.png"))))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ==================================================================================================
 # ImageNet
 
-
-def class_number(text):
-    """A class by its number or by (part of) its English name. Raises UserError, with suggestions."""
-    names = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
-    if text.isdigit() or text[:1] == "-":
-        if text.isdigit() and int(text) < len(names):
-            return int(text)
-        raise UserError(f"class {text}: ImageNet has classes 0 to {len(names) - 1}")
-    lower = [name.lower() for name in names]
-    exact = [number for number, name in enumerate(lower) if name == text.lower()]
-    found = exact or [number for number, name in enumerate(lower) if text.lower() in name]
-    if len(found) == 1 or exact:
-        return found[0]
-    close = [names[number] for number in found] or difflib.get_close_matches(text.lower(), lower, 4)
-    raise UserError(f"class {text!r}: {'more than one class' if found else 'no class'} of that name"
-                    + (f"; meant {', '.join(close[:6])}?" if close else ""))
-
-
-def choices_of(args):
-    """The classes that each mechanism may draw: three lists."""
-    best = json.loads((ROOT / "data" / "imagenet.json").read_text())["best_classes"]
-    given = [args.shape, args.texture, args.background]
-    lists = [best[name] if args.mode == "best" else list(range(1000)) for name in ("shape", "texture", "background")]
-    return [[class_number(text) for text in some] if some else every for some, every in zip(given, lists)]
+LARGEST_INDEX = 10**7  # pictures are numbered with seven digits
+PARTS = ("premask", "mask", "foreground", "background", "counterfactual", "composite")
+COLUMNS = (
+    "file",
+    "shape",
+    "texture",
+    "background",
+    "shape_name",
+    "texture_name",
+    "background_name",
+    "seed",
+)
+# The mechanisms that move in each leg of an interpolation.
+LEGS = {
+    "shape": [[0]],
+    "texture": [[1]],
+    "background": [[2]],
+    "all": [[0, 1, 2]],
+    "tour": [[1], [2], [0]],
+}
 
 
-def draw_image(seed, number, z_dim, choices):
-    """Latent (z_dim,) before truncation, and the classes (3,) of image `number`: a stream of its own for each."""
-    digest = hashlib.sha256(f"{seed} {number}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    z = truncated_normal((z_dim,), generator)
-    return z, torch.tensor([some[int(torch.randint(len(some), (), generator=generator))] for some in choices])
+# --------------------------------------------------------------------------------------------------
+# ImageNet: latents and images
+
+
+def allowed_classes(args):
+    """The classes that each mechanism may draw: three lists. UserError for an unknown class."""
+    best = imagenet.imagenet_metadata()["best_classes"]
+    allowed = []
+    for name in imagenet.HEADS:
+        given = getattr(args, name)
+        if given:
+            allowed.append([imagenet.class_index(text) for text in given])
+        elif args.mode == "best":
+            allowed.append(best[name])
+        else:
+            allowed.append(list(range(1000)))
+    return allowed
+
+
+def sample_image(seed, index, z_dim, allowed):
+    """Latent (z_dim,), before truncation, and the three classes (3,) of an image."""
+    generator = runs.seeded_generator(seed, index)
+    z = train_cgn.truncated_normal((z_dim,), generator)
+    y = []
+    for classes in allowed:
+        drawn = torch.randint(len(classes), (), generator=generator)
+        y.append(classes[int(drawn)])
+    return z, torch.tensor(y)
+
+
+def sample_images(seed, indices, z_dim, allowed):
+    """Latents (N, z_dim) and classes (N, 3) of several images."""
+    samples = [sample_image(seed, index, z_dim, allowed) for index in indices]
+    z, y = zip(*samples)
+    return torch.stack(z), torch.stack(y)
 
 
 @torch.inference_mode()
-def imagenet_images(cgn, z, y, args, save=("counterfactual",)):
-    """Images by name, uint8 (N, 1 or 3, H, W), of latents (N, z_dim) and three classes or class vectors each.
+def imagenet_images(cgn, z, y, truncation, parts=("counterfactual",)):
+    """Images by name, uint8 (N, 1 or 3, H, W).
 
-    Counterfactual: with the three classes given. Composite: with the class of the shape everywhere.
+    z: (N, z_dim), before truncation. y: classes (N, 3), or class vectors (N, 3, class_embed_dim).
+    A counterfactual has the three classes given, a composite that of the shape everywhere. Only the
+    networks that the wanted parts need are run.
     """
     dtype = cgn.u2net.outconv.weight.dtype
-    z = (args.truncation * z).to(dtype)
-    shape, texture, background = (c.to(dtype) if c.is_floating_point() else c for c in y.unbind(1))
-    images, wanted = {}, set(save)
+    z = (truncation * z).to(dtype)
+    if y.is_floating_point():
+        y = y.to(dtype)
+    shape, texture, background = y.unbind(1)
+    wanted = set(parts)
+    images = {}
     if wanted & {"premask", "mask", "composite", "counterfactual"}:
-        images["premask"] = cgn.f_shape(z, shape, args.truncation)
+        images["premask"] = cgn.f_shape(z, shape, truncation)
     if wanted & {"mask", "composite", "counterfactual"}:
         images["mask"] = cgn.u2net(images["premask"].to(dtype)).clamp(1e-4, 1 - 1e-4)
     if wanted & {"foreground", "counterfactual"}:
-        images["foreground"] = cgn.f_text(z, texture, args.truncation)
+        images["foreground"] = cgn.f_text(z, texture, truncation)
     if wanted & {"background", "counterfactual"}:
-        images["background"] = cgn.f_bg(z, background, args.truncation)
+        images["background"] = cgn.f_bg(z, background, truncation)
     if "counterfactual" in wanted:
-        images["counterfactual"] = torch.lerp(images["background"], images["foreground"], images["mask"])
+        images["counterfactual"] = compose(
+            images["mask"], images["foreground"], images["background"]
+        )
     if "composite" in wanted:
-        textures = (f(z, shape, args.truncation) for f in (cgn.f_bg, cgn.f_text))
-        images["composite"] = torch.lerp(*textures, images["mask"])
-    return {name: (images[name] if name == "mask" else images[name] / 2 + 0.5).mul(255).round().to(torch.uint8)
-            for name in save}
+        foreground = cgn.f_text(z, shape, truncation)
+        images["composite"] = compose(images["mask"], foreground, cgn.f_bg(z, shape, truncation))
+    bytes_of = {}
+    for name in parts:
+        unit = images[name] if name == "mask" else images[name] / 2 + 0.5
+        bytes_of[name] = unit.mul(255).round().to(torch.uint8)
+    return bytes_of
 
 
-def write_picture(path, image):
-    """Encode a uint8 (1 or 3, H, W) by the file's ending and write it, whole or not at all."""
-    encode = torchvision.io.encode_png if path.suffix == ".png" else torchvision.io.encode_jpeg
-    data = encode(image, **({} if path.suffix == ".png" else {"quality": 95})).numpy().tobytes()
-    write_atomically(path, lambda temporary: temporary.write_bytes(data))
+# --------------------------------------------------------------------------------------------------
+# ImageNet: data sets
 
 
-COLUMNS = ("file", "shape", "texture", "background", "shape_name", "texture_name", "background_name", "seed")
+def picture_files(args, index):
+    """The files of one image, one for each part that is saved."""
+    return [args.out / part / f"{index:07d}.{args.format}" for part in args.save]
 
 
-def label_row(args, number, classes):
-    names = torchvision.models.ResNet50_Weights.IMAGENET1K_V2.meta["categories"]
-    return [f"{args.save[0]}/{number:07d}.{args.format}", *classes, *(names[c] for c in classes), args.seed]
+def label_row(args, index, y):
+    """An image's row of labels.csv. y: its three classes."""
+    names = imagenet.class_names()
+    file = f"{args.save[0]}/{index:07d}.{args.format}"
+    return [file, *y, *(names[c] for c in y), args.seed]
 
 
-def write_labels(out, args, classes_of):
-    """labels.csv, a row for each image that has all its files. Returns their numbers."""
-    present = [{file.stem for file in (out / name).glob(f"[0-9]*.{args.format}")} for name in args.save]
-    complete, text = sorted(map(int, set.intersection(*present))), io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([COLUMNS, *(label_row(args, n, classes_of(n)) for n in complete)])
-    write_atomically(out / "labels.csv", lambda temporary: temporary.write_text(text.getvalue()))
+def csv_text(rows):
+    """Rows as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def write_labels(args, z_dim, allowed):
+    """labels.csv anew: a row for each image that has all its files. Returns their indices."""
+    present = []
+    for part in args.save:
+        files = (args.out / part).glob(f"[0-9]*.{args.format}")
+        present.append({int(file.stem) for file in files})
+    complete = sorted(set.intersection(*present))
+    rows = [COLUMNS]
+    for index in complete:
+        _, y = sample_image(args.seed, index, z_dim, allowed)
+        rows.append(label_row(args, index, y.tolist()))
+    with runs.atomic(args.out / "labels.csv") as temporary:
+        temporary.write_text(csv_text(rows))
     return complete
 
 
-def generate_imagenet(cgn, args, out, device):
-    """Write the pictures that are missing, and a row of labels.csv for each one that is complete.
+def finish_pictures(args, pending):
+    """Wait until the pictures of a batch are written; append the rows of those that are complete.
 
-    Batches begin at multiples of --batch-size and are always full: a network rounds differently for other sizes. Ranks
-    take turns. Pictures are encoded and written by threads while the device makes the next batch.
+    pending: (row, futures of its files) of each image. Raises the first error in writing.
     """
-    (rank, ranks), choices, stop = rank_and_ranks(), choices_of(args), StopSignal()
-    z_dim, size, end = cgn.f_shape.z_dim, args.batch_size, args.start + args.n
-    for name in args.save:
-        (out / name).mkdir(exist_ok=True)
+    rows, errors = [], []
+    for row, futures in pending:
+        failed = [future.exception() for future in futures if future.exception()]
+        if failed:
+            errors += failed
+        else:
+            rows.append(row)
+    runs.append_text(args.out / "labels.csv", csv_text(rows))
+    if errors:
+        raise errors[0]
 
-    def drawn(number):
-        return draw_image(args.seed, number, z_dim, choices)
 
-    def files(number):
-        return [out / name / f"{number:07d}.{args.format}" for name in args.save]
+def write_pictures(cgn, args, allowed, device):
+    """Write the pictures that are missing, and a row of labels.csv for each complete image.
 
-    def classes_of(number):
-        return drawn(number)[1].tolist()
+    Batches begin at multiples of --batch-size and are always full: a network rounds differently for
+    other sizes. Batches are dealt out over ranks. Pictures are encoded and written by threads while
+    the device makes the next batch.
+    """
+    rank, world_size = runs.rank_and_world_size()
+    stop = runs.StopSignal()
+    z_dim = cgn.f_shape.z_dim
+    end = args.start + args.n
+    if rank == 0:
+        for part in args.save:
+            (args.out / part).mkdir(exist_ok=True)
+        write_labels(args, z_dim, allowed)  # rows that an interruption left out
+    runs.wait_for_ranks()
 
-    complete = {n for n in range(args.start, end) if all(file.is_file() for file in files(n))}
-    wait_for_ranks()
-    if rank == 0:                                          # what an interruption left without a row gets one now
-        write_labels(out, args, classes_of)
-    wait_for_ranks()
-    batches = range(args.start // size, -(-end // size))
+    batches = range(args.start // args.batch_size, math.ceil(end / args.batch_size))
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         pending = []
-
-        def finish():
-            rows, failures = io.StringIO(), []
-            for number, classes, writes in pending:
-                if errors := [write.exception() for write in writes if write.exception()]:
-                    failures += errors
-                else:
-                    csv.writer(rows, lineterminator="\n").writerow(label_row(args, number, classes))
-            append_text(out / "labels.csv", rows.getvalue())
-            pending.clear()
-            if failures:
-                raise failures[0]
-
-        for batch in batches[rank::ranks]:
-            numbers = range(batch * size, (batch + 1) * size)
-            missing = [n for n in numbers if args.start <= n < end and n not in complete]
+        for batch in batches[rank::world_size]:
+            first = batch * args.batch_size
+            indices = range(first, first + args.batch_size)
+            missing = []
+            for index in indices:
+                wanted = args.start <= index < end
+                if wanted and not all(file.is_file() for file in picture_files(args, index)):
+                    missing.append(index)
             if not missing:
                 continue
-            z, y = (torch.stack(column) for column in zip(*map(drawn, numbers)))
-            images = {name: x.cpu() for name, x in
-                      imagenet_images(cgn, z.to(device), y.to(device), args, args.save).items()}
-            finish()                                       # the batch before, written meanwhile
-            for n in missing:
-                writes = [pool.submit(write_picture, file, images[name][n - batch * size])
-                          for name, file in zip(args.save, files(n))]
-                pending.append((n, y[n - batch * size].tolist(), writes))
+            z, y = sample_images(args.seed, indices, z_dim, allowed)
+            images = imagenet_images(cgn, z.to(device), y.to(device), args.truncation, args.save)
+            images = {part: values.cpu() for part, values in images.items()}
+            finish_pictures(args, pending)  # the batch before, written meanwhile
+            pending = []
+            for index in missing:
+                futures = []
+                for part, file in zip(args.save, picture_files(args, index)):
+                    picture = images[part][index - first]
+                    futures.append(pool.submit(pictures.write_picture, file, picture))
+                row = label_row(args, index, y[index - first].tolist())
+                pending.append((row, futures))
             if rank == 0:
-                print(f"\r{min(numbers[-1] + 1, end) - args.start}/{args.n} images", end="", flush=True)
+                done = min(indices[-1] + 1, end) - args.start
+                print(f"\r{done}/{args.n} images", end="", flush=True)
             if stop:
                 break
-        finish()
-    wait_for_ranks()
-    if rank == 0:                                          # in order, whatever rank was first
-        complete = [n for n in write_labels(out, args, classes_of) if args.start <= n < end]
-        print(f"\n{out}: {len(complete)} of {args.n} images, labels.csv"
-              + ("; go on with the same command and --resume" if stop else ""))
+        finish_pictures(args, pending)
+    runs.wait_for_ranks()
+    if rank == 0:  # in order, whichever rank was first
+        complete = write_labels(args, z_dim, allowed)
+        count = sum(args.start <= index < end for index in complete)
+        hint = "; resume with the same command and --resume" if stop else ""
+        print(f"\n{args.out}: {count} of {args.n} images, labels.csv{hint}")
 
 
-LEGS = {"shape": [[0]], "texture": [[1]], "background": [[2]], "all": [[0, 1, 2]], "tour": [[1], [2], [0]]}
+# --------------------------------------------------------------------------------------------------
+# ImageNet: pictures
 
 
 def class_vectors(cgn, y):
-    """Classes (N, 3) -> class vectors (N, 3, class_embed_dim), of each mechanism's own embedding."""
-    return torch.stack([f.class_vectors(c) for f, c in zip((cgn.f_shape, cgn.f_text, cgn.f_bg), y.unbind(1))], 1)
+    """Classes (N, 3) -> class vectors (N, 3, class_embed_dim), by each mechanism's embedding."""
+    shape, texture, background = y.unbind(1)
+    vectors = [
+        cgn.f_shape.class_vectors(shape),
+        cgn.f_text.class_vectors(texture),
+        cgn.f_bg.class_vectors(background),
+    ]
+    return torch.stack(vectors, 1)
 
 
-def interpolate_imagenet(cgn, args, out, device):
-    """To the class --to, by class vectors with z fixed: frames, a sheet with a row for each leg, and a GIF and back."""
-    z, y = (x[None].to(device) for x in draw_image(args.seed, args.start, cgn.f_shape.z_dim, choices_of(args)))
-    goal, points = class_vectors(cgn, torch.full_like(y, class_number(args.to))), [class_vectors(cgn, y)]
-    for leg in LEGS[args.interpolate]:
-        points.append(points[-1].clone())
-        points[-1][:, leg] = goal[:, leg]
-    path = [torch.lerp(a, b, t) for a, b in zip(points, points[1:]) for t in torch.linspace(0, 1, args.frames).tolist()]
-    images = torch.cat([imagenet_images(cgn, z, y, args)["counterfactual"].cpu() for y in path])
-    for number, image in enumerate(images):
-        write_picture(out / f"frame_{number:03d}.png", image)
-    save_png(out / "sheet.png", tile_sheet(images.unflatten(0, (-1, args.frames)) / 255, scale=1))
-    frames = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in torch.cat([images, images.flip(0)])]
-    write_atomically(out / "animation.gif", lambda temporary: frames[0].save(
-        temporary, format="GIF", save_all=True, append_images=frames[1:], duration=80, loop=0))
-    print(f"{out}: {len(images)} frames, sheet.png, animation.gif")
+def write_interpolation(cgn, args, allowed, device):
+    """Go to class --to by class vectors with z fixed: frames, a sheet, and a GIF there and back."""
+    z, y = sample_images(args.seed, [args.start], cgn.f_shape.z_dim, allowed)
+    z, y = z.to(device), y.to(device)
+    goal = class_vectors(cgn, torch.full_like(y, imagenet.class_index(args.to)))
+    position = class_vectors(cgn, y)
+    frames = []
+    for mechanisms in LEGS[args.interpolate]:
+        target = position.clone()
+        target[:, mechanisms] = goal[:, mechanisms]
+        for t in torch.linspace(0, 1, args.frames).tolist():
+            between = torch.lerp(position, target, t)
+            images = imagenet_images(cgn, z, between, args.truncation)
+            frames.append(images["counterfactual"].cpu())
+        position = target
+    images = torch.cat(frames)  # (frames, 3, H, W)
+    for index, image in enumerate(images):
+        pictures.write_picture(args.out / f"frame_{index:03d}.png", image)
+    rows = images.unflatten(0, (-1, args.frames)) / 255
+    pictures.save_png(args.out / "sheet.png", pictures.tile_sheet(rows, scale=1))
+    there_and_back = torch.cat([images, images.flip(0)])
+    first, *rest = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in there_and_back]
+    with runs.atomic(args.out / "animation.gif") as temporary:
+        first.save(temporary, format="GIF", save_all=True, append_images=rest, duration=80, loop=0)
+    print(f"{args.out}: {len(images)} frames, sheet.png, animation.gif")
 
 
-def imagenet_sheet(cgn, args, out, device):
-    """Rows are images --start, ...: premask, mask, foreground, background, counterfactual and composite."""
-    save, choices = SAVED, choices_of(args)
-    z, y = (torch.stack(column).to(device) for column in
-            zip(*(draw_image(args.seed, args.start + row, cgn.f_shape.z_dim, choices) for row in range(8))))
-    images = imagenet_images(cgn, z, y, args, save)
-    columns = torch.stack([images[name].expand(-1, 3, -1, -1) for name in save], 1).float() / 255
-    save_png(out / "sheet.png", tile_sheet(columns, save, ["/".join(map(str, row)) for row in y.tolist()], scale=1))
-    print(f"{out}: sheet.png")
+def write_parts_sheet(cgn, args, allowed, device):
+    """A sheet with all parts of the 8 images from --start on."""
+    indices = range(args.start, args.start + 8)
+    z, y = sample_images(args.seed, indices, cgn.f_shape.z_dim, allowed)
+    images = imagenet_images(cgn, z.to(device), y.to(device), args.truncation, PARTS)
+    columns = torch.stack([images[part].expand(-1, 3, -1, -1) for part in PARTS], 1)
+    titles = ["/".join(map(str, classes)) for classes in y.tolist()]
+    sheet = pictures.tile_sheet(columns.float() / 255, PARTS, titles, scale=1)
+    pictures.save_png(args.out / "sheet.png", sheet)
+    print(f"{args.out}: sheet.png")
 
 
-SAVED = ("premask", "mask", "foreground", "background", "counterfactual", "composite")
+def find_weights(args):
+    """The file of --weights, or the authors' cgn.pth, fetched if need be and allowed."""
+    if args.weights:
+        return args.weights
+    file = download.FILES["cgn"]
+    if runs.is_main_rank() and not args.offline:
+        download.find_or_download(file, args.weights_dir)
+    runs.wait_for_ranks()
+    weights = download.find_file(file, args.weights_dir)
+    if not weights:
+        raise runs.UserError(
+            f"--offline: no cgn.pth in {args.weights_dir}; give --weights, or let it be fetched"
+        )
+    return weights
 
 
-def check_settings(out, args):
-    """Refuse to mix pictures of different settings in one folder."""
+def generate_imagenet(args, device):
+    """Write pictures, an interpolation, or a sheet to look at, into args.out."""
+    allowed = allowed_classes(args)  # unknown classes show before anything is loaded
+    if args.to:
+        imagenet.class_index(args.to)
+    weights = find_weights(args)
+    cgn, trained = train_cgn.load_imagenet_generator(weights, args.raw_weights)
+    if trained.get("dataset", "imagenet") != "imagenet":
+        raise runs.UserError(f"--dataset imagenet: {weights} was trained on {trained['dataset']}")
+    if trained.get("offline") and runs.is_main_rank():
+        print("OFFLINE weights: random networks. These images say nothing of ImageNet.")
+    bf16 = runs.pick_bf16(args.amp, device)
+    cgn = train_cgn.fold(cgn, args.truncation).to(device, torch.bfloat16 if bf16 else torch.float32)
+
+    with runs.claim_folder(args.out, __file__, args.resume):
+        if runs.is_main_rank():
+            arguments = vars(args) | {"weights_sha256": runs.file_sha256(weights)}
+            check_resumed(args.out, arguments)
+            runs.describe_run(args.out, __file__, arguments)
+        runs.wait_for_ranks()
+        if args.interpolate:
+            write_interpolation(cgn, args, allowed, device)
+        elif args.n:
+            write_pictures(cgn, args, allowed, device)
+        else:
+            write_parts_sheet(cgn, args, allowed, device)
+
+
+def check_resumed(out, args):
+    """UserError if pictures of other settings lie in the folder: they must not be mixed."""
     if (out / "args.json").is_file():
         before = json.loads((out / "args.json").read_text())["args"]
-        for name in ("weights_sha256", "seed", "truncation", "mode", "shape", "texture", "background", "save", "format",
-                     "amp", "raw_weights", "batch_size"):
-            now = getattr(args, name)
-            if before.get(name) != now:
-                raise UserError(f"--resume: {out} was made with {name} = {before.get(name)}, not {now}; give the same "
-                                "flags, or choose another --out")
+        free = checkpoints.FREE | {"offline"}
+        checkpoints.check_settings(out, before, args, free)
 
 
-def main_imagenet(args):
-    if args.interpolate and not args.to:
-        raise UserError("--interpolate: needs --to, the class to go to")
-    if args.start + (args.n or 0) > LAST:
-        raise UserError(f"--start {args.start} --n {args.n}: images are numbered 0 to {LAST - 1}; choose a range within")
-    choices_of(args)                                       # unknown classes show now
-    device = join_ranks(pick_device(args.device))
-    if not args.weights:
-        if rank_and_ranks()[0] == 0 and not args.offline:  # one rank fetches
-            find_or_download("cgn", args.weights_dir)
-        wait_for_ranks()
-        args.weights = find_file("cgn", args.weights_dir)
-    if not args.weights:
-        raise UserError(f"--offline: no cgn.pth in {args.weights_dir}; give --weights, or let it be fetched")
-    args.weights_sha256 = file_sha256(args.weights)
-    cgn, trained = load_imagenet_generator(args.weights, args.raw_weights)
-    if trained.get("dataset", "imagenet") != "imagenet":
-        raise UserError(f"--dataset imagenet: {args.weights} was trained on {trained['dataset']}")
-    if trained.get("offline"):
-        print("OFFLINE weights: random networks. These images say nothing of ImageNet.")
-    dtype = torch.bfloat16 if pick_bf16(args.amp, device) else torch.float32
-    cgn = fold(cgn, args.truncation).to(device, dtype)
-    if rank_and_ranks()[0] == 0:
-        out = claim_folder(args.out, __file__, args.resume)
-        check_settings(out, args)
-        describe_run(out, __file__, args)
-    wait_for_ranks()
-    do = interpolate_imagenet if args.interpolate else generate_imagenet if args.n else imagenet_sheet
-    do(cgn, args, args.out, device)
+# --------------------------------------------------------------------------------------------------
+# ImageNet: flags
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def parse_imagenet(parser, argv):
+    """The arguments of ImageNet."""
+    group = parser.add_argument_group("ImageNet")
+    group.add_argument(
+        "--weights-dir", type=Path, default=runs.DOWNLOADS,
+        help="folder with cgn.pth; fetched if missing",
+    )
+    group.add_argument("--offline", action="store_true", help="fetch nothing")
+    group.add_argument(
+        "--start", type=runs.non_negative_int, default=0,
+        help="index of the first image, to split a data set",
+    )
+    group.add_argument(
+        "--mode", choices=["random", "best"], default="random",
+        help="draw from all classes, or from the authors' lists of good ones for each mechanism",
+    )
+    group.add_argument(
+        "--shape", nargs="+", metavar="CLASS",
+        help="draw the shape from these instead: numbers, or (parts of) English names",
+    )
+    group.add_argument("--texture", nargs="+", metavar="CLASS", help="the same for the texture")
+    group.add_argument(
+        "--background", nargs="+", metavar="CLASS", help="the same for the background"
+    )
+    group.add_argument(
+        "--truncation", type=runs.truncation, default=0.5,
+        help="of the latents, (0, 1]: less is less varied",
+    )
+    group.add_argument(
+        "--amp", choices=["auto", "off", "bf16"], default="auto",
+        help="bf16 arithmetic; auto: where the hardware multiplies it",
+    )
+
+    data = parser.add_argument_group("data set (with --n)")
+    data.add_argument(
+        "--n", type=runs.positive_int,
+        help="images in the data set; without, or --interpolate, a sheet to look at",
+    )
+    data.add_argument(
+        "--batch-size", type=runs.positive_int, default=16,
+        help="images in a batch; batches are dealt out over GPUs; another size rounds differently",
+    )
+    data.add_argument(
+        "--save", nargs="+", choices=PARTS, default=["counterfactual"],
+        help="pictures to write; composite has the shape's class everywhere",
+    )
+    data.add_argument("--format", choices=["jpg", "png"], default="jpg", help="of the pictures")
+
+    morph = parser.add_argument_group("interpolation (with --interpolate)")
+    morph.add_argument(
+        "--interpolate", choices=list(LEGS),
+        help="go to class --to in one mechanism, in all, or in one after the other",
+    )
+    morph.add_argument("--to", metavar="CLASS", help="the class to go to")
+    morph.add_argument("--frames", type=runs.positive_int, default=9, help="of each leg of the way")
+
+    args = parser.parse_args(argv)
+    if not args.n:
+        runs.refuse_flags(parser, data, args, "needs --n")
+    elif args.interpolate:
+        parser.error("--n: has no meaning with --interpolate")
+    if not args.interpolate:
+        runs.refuse_flags(parser, morph, args, "needs --interpolate")
+    elif not args.to:
+        parser.error("--interpolate: needs --to, the class to go to")
+    last = args.start + (args.n or 1)
+    if last > LARGEST_INDEX:
+        parser.error(
+            f"--start {args.start} --n {args.n}: images are numbered 0 to {LARGEST_INDEX - 1}; "
+            "choose a range within"
+        )
+    return args
+
+
+# ==================================================================================================
 # Command line
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--weights", type=Path, help="weights.pt of a training, or published weights; if not given, "
-                        "data/pretrained/DATASET.pt, and for ImageNet the authors' cgn.pth")
-    parser.add_argument("--weights-dir", type=Path, default=DOWNLOADS, help="folder with cgn.pth; fetched if missing")
-    parser.add_argument("--dataset", help="colored_mnist if neither this nor --weights is given; weights that were "
-                        "trained on another are refused; published weights do not tell")
-    parser.add_argument("--n", type=positive_int, help="images in the data set; if not given, pictures to look at")
-    parser.add_argument("--raw-weights", action="store_true", help="use the weights, not their moving average")
-    parser.add_argument("--out", type=Path, default="runs/generated", help="folder; new, empty, or continued with --resume")
-    parser.add_argument("--resume", nargs="?", const="auto", choices=["auto"],
-                        help="make only what --out does not hold yet")
-    parser.add_argument("--seed", type=non_negative_int, default=0, help="same seed, same images")
-    parser.add_argument("--batch-size", type=positive_int, default=500, help="images at a time; changes no image")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
-    parser.add_argument("--offline", action="store_true", help="never fetch anything")
-    digits = parser.add_argument_group("MNIST")
-    digits.add_argument("--per-shape", type=positive_int, default=1, help="texture and background pairs per mask")
-    digits.add_argument("--jitter", type=non_negative_float, default=0.05, metavar="S",
-                        help="shift the colours of each foreground and each background by N(0, S); they are 0 to 1")
-    digits.add_argument("--factual", action="store_true", help="one latent and one class for all three mechanisms: "
-                        "the generator's idea of the training data (sets --per-shape 1 --jitter 0)")
-    net = parser.add_argument_group("ImageNet")
-    net.add_argument("--start", type=non_negative_int, default=0, help="number of the first image, to split a data set")
-    net.add_argument("--mode", choices=["random", "best"], default="random", help="draw from all classes, or from the "
-                     "authors' lists of good ones for each mechanism")
-    for name in ("shape", "texture", "background"):
-        net.add_argument(f"--{name}", nargs="+", metavar="CLASS",
-                         help=f"draw the {name} from these instead: numbers, or (parts of) English names")
-    net.add_argument("--truncation", type=truncation, default=0.5, help="of the latents, (0, 1]: less is less varied")
-    net.add_argument("--save", nargs="+", choices=SAVED, default=["counterfactual"],
-                     help="pictures to write; composite has the shape's class everywhere")
-    net.add_argument("--format", choices=["jpg", "png"], default="jpg", help="of the pictures")
-    net.add_argument("--interpolate", choices=list(LEGS),
-                     help="frames to class --to in one mechanism, in all, or in one after the other")
-    net.add_argument("--to", metavar="CLASS", help="where --interpolate goes")
-    net.add_argument("--frames", type=positive_int, default=9, help="of each leg of --interpolate")
-    net.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto", help="bf16 arithmetic")
-    args = parser.parse_args(argv)
-    refuse_group(parser, digits if args.dataset == "imagenet" else net, args)
-    if args.factual:
-        args.per_shape, args.jitter = 1, 0.0
-    if args.dataset == "imagenet" and args.batch_size == parser.get_default("batch_size"):
-        args.batch_size = 16
-    return args
+    """The arguments of one run. --dataset chooses the flags."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--dataset", choices=[*mnist.VARIANTS, "imagenet"],
+        help="colored_mnist if neither this nor --weights is given; weights that were trained on "
+        "another are refused; imagenet has other flags: --dataset imagenet --help shows them",
+    )
+    parser.add_argument(
+        "--weights", type=Path,
+        help="weights.pt of a training, or published weights; if not given, the bundled ones, for "
+        "ImageNet the authors' cgn.pth",
+    )
+    parser.add_argument(
+        "--raw-weights", action="store_true", help="use the weights, not their moving average"
+    )
+    parser.add_argument(
+        "--out", type=Path, default="runs/generated", help="folder; new, empty, or resumed"
+    )
+    parser.add_argument(
+        "--resume", nargs="?", const="auto", choices=["auto"],
+        help="make only what --out does not hold yet",
+    )
+    parser.add_argument(
+        "--seed", type=runs.non_negative_int, default=0, help="same seed, same images"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one"
+    )
+    (dataset,) = runs.look_ahead(argv, "--dataset")
+    if dataset == "imagenet":
+        return parse_imagenet(parser, argv)
+    return parse_mnist(parser, argv)
 
 
 def main():
     args = parse_args()
     if args.dataset == "imagenet":
-        return main_imagenet(args)
-    args.weights, device = args.weights or pretrained(args.dataset or "colored_mnist"), pick_device(args.device)
-    cgn, trained = load_generator(args.weights, raw=args.raw_weights)
-    args.weights_sha256 = file_sha256(args.weights)
-    if args.dataset and trained.get("dataset", args.dataset) != args.dataset:
-        raise UserError(f"--dataset {args.dataset}: {args.weights} was trained on {trained['dataset']}")
-    args.dataset = args.dataset or trained.get("dataset")
-    args.offline = bool(args.offline or trained.get("offline"))
-    if args.offline:
-        print("OFFLINE weights: trained on synthetic digits. No number from these images is about MNIST.")
-    out = claim_folder(args.out, __file__, args.resume)
-    describe_run(out, __file__, args)
-    cgn = cgn.to(device)
-    (generate_dataset if args.n else write_sheets)(cgn, args, out, device)
+        generate_imagenet(args, runs.join_ranks(runs.pick_device(args.device)))
+    else:
+        generate_mnist(args, runs.pick_device(args.device))
 
 
 if __name__ == "__main__":
-    run_main(main)
+    runs.run_main(main)

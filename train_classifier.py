@@ -1,262 +1,614 @@
-"""Train a digit classifier on biased, counterfactual or both kinds of images, and test whether it kept the shortcut.
+"""Train a classifier on biased or counterfactual images, and test whether it kept the shortcut.
+
+Sauer & Geiger, ICLR 2021, section 4. This file has two parts, each whole without the other. Digits:
 
     python train_classifier.py --dataset colored_mnist --train original --out runs/biased
-    python train_classifier.py --dataset colored_mnist --train counterfactual --counterfactual runs/cf --out runs/invariant
+    python train_classifier.py --dataset colored_mnist --train counterfactual \
+        --counterfactual runs/cf --out runs/invariant
 
-    python train_classifier.py --dataset imagenet --data-dir IMAGENET --counterfactual runs/cf --out runs/ensemble
+Two test sets tell: in `decorrelated`, colors and textures say nothing of the digit; `correlated`
+has the same digits, drawn as in training. The figure to quote is the last epoch's. To choose
+settings, there is `biased`: the last 5,000 training images. ImageNet, an ensemble of three heads:
 
-Sauer & Geiger, ICLR 2021, section 4. Two test sets tell: `decorrelated`, where colours and textures say nothing of
-the digit, and `correlated`, the same digits drawn as in training. The figure to quote is the last epoch's. To choose
-settings, there is `biased`: the last 5,000 training images, which --train counterfactual never sees.
+    python train_classifier.py --dataset imagenet --data-dir IMAGENET \
+        --counterfactual runs/counterfactuals --out runs/ensemble
+    torchrun --nproc-per-node 8 -- train_classifier.py --dataset imagenet --data-dir IMAGENET \
+        --counterfactual 'runs/counterfactuals*' --out runs/ensemble --resume
 """
+
 import argparse
-import copy
+import functools
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from data.baselines import ColourHead, invariance_penalty, shaken_colours
-from data.checkpoints import (check_settings, find_checkpoint, finite_step, leave_out, restore_training,
-                              save_checkpoint, save_training, step_seed)
-from data.explain import explain_digits, explain_imagenet
-from data.imagenet import Images, batches, counterfactual_images, normalized, transform, wnid_images
-from data.mnist import VARIANTS, load_counterfactuals, load_variant, to_float
-from data.robustness import ANSWERS, HEADS, evaluate, load_tests, write_table
-from data.runs import (DOWNLOADS, Log, StopSignal, UserError, any_rank, claim_folder, describe_run, fraction, join_ranks,
-                       load_tensors, mean_over_ranks, non_negative_float, non_negative_int, pick_bf16, pick_device,
-                       plain, positive_int, rank_and_ranks, refuse_group, run_main, save_tensors, write_json)
-from data.weights import add_torchvision_file, check_state_dict, load_network
-from generate import generate_batch, pretrained
-from generate import parse_args as generate_flags
-from train_cgn import load_generator, update_average
+from data import checkpoints, download, imagenet, mnist, pictures, runs, weights
+from kernels import normalized_conv2d
 
-# What a resumed run must share with the run that it continues.
-SETTINGS = {"dataset", "offline", "batch_size", "max_steps", "lr", "seed", "train", "textures", "gamma", "augment", "n",
-            "method", "environments", "penalty", "arch", "steps", "cf_ratio", "schedule", "lr_step", "warmup", "weight_decay", "ema", "image_size"}
+# ==================================================================================================
+# What both parts share: common flags
+
+
+def shared_flags(parser):
+    """Flags of both parts. Returns the group of those that only training uses."""
+    parser.add_argument(
+        "--weights", type=Path, help="start from, or evaluate, these classifier weights"
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="fetch nothing: synthetic digits, random networks"
+    )
+    parser.add_argument(
+        "--counterfactual", type=Path, nargs="+", metavar="FOLDER",
+        help="data sets of generate.py, one or several",
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, required=True, help="run folder; new, empty, or resumed")
+    run.add_argument(
+        "--resume", nargs="?", const="auto", choices=["auto"],
+        help="continue the run in --out where it was interrupted; begin if nothing was saved",
+    )
+    run.add_argument("--evaluate", action="store_true", help="no training: test --weights")
+    run.add_argument(
+        "--explain", type=runs.non_negative_int, default=0, metavar="N",
+        help="Grad-CAM heat maps of N test images",
+    )
+    run.add_argument(
+        "--seed", type=runs.non_negative_int, default=0, help="of the data: colors, crops, tests"
+    )
+    run.add_argument(
+        "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one"
+    )
+
+    training = parser.add_argument_group("training")
+    training.add_argument(
+        "--epochs", type=runs.positive_int, help="passes over the training images"
+    )
+    training.add_argument(
+        "--epoch-steps", type=runs.positive_int,
+        help="steps in an epoch at most; all images once if not given",
+    )
+    training.add_argument("--max-steps", type=runs.positive_int, help="all steps of the run")
+    training.add_argument("--lr", type=runs.non_negative_float, help="in the first epoch")
+    training.add_argument(
+        "--log-every", type=runs.positive_int, default=100, help="steps between lines of the log"
+    )
+    training.add_argument(
+        "--save-every", type=runs.positive_int, default=1000, help="steps between checkpoints"
+    )
+    training.add_argument(
+        "--bad-steps", type=runs.positive_int, default=20,
+        help="give up after so many steps in a row without finite losses or gradients, which are "
+        "skipped",
+    )
+    return training
+
+
+def check_common(parser, args, training):
+    """The parser's error if flags contradict each other."""
+    if args.evaluate:
+        runs.refuse_flags(parser, training, args, "has no meaning with --evaluate")
+        if not args.weights:
+            parser.error("--evaluate needs --weights, a classifier's weights.pt")
+
+
+# ==================================================================================================
+# MNIST
 
 
 class MnistClassifier(nn.Module):
-    """(N, 3, 32, 32) in [-1, 1] -> log-probabilities (N, 10). Keys and shapes are those of the published classifier."""
+    """(N, 3, 32, 32) in [-1, 1] -> log-probabilities (N, 10). Keys are the published ones."""
 
     def __init__(self):
         super().__init__()
         self.model = nn.Sequential(
-            nn.BatchNorm2d(3), nn.Conv2d(3, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2, 1),      # 16 x 16
-            nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(),        # 8 x 8
-            nn.Conv2d(64, 64, 3, padding=1), nn.ReLU(), nn.AvgPool2d(7))
+            nn.BatchNorm2d(3),
+            nn.Conv2d(3, 32, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2, 1),  # (N, 32, 16, 16)
+            nn.Conv2d(32, 32, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 3, 2, 1),  # (N, 64, 8, 8)
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3, padding=1),
+            nn.ReLU(),
+            nn.AvgPool2d(7),  # (N, 64, 1, 1)
+        )
         self.cls = nn.Sequential(nn.Linear(64, 10))
 
     def features(self, x):
-        """What the last convolution gives, (N, 64, 8, 8). The first BatchNorm's weight and bias go into the convolution
-        behind it, as a fourth channel of ones: without a gradient of its input, a step takes 15 % less on a CPU."""
-        norm, first = self.model[:2]
-        x = F.batch_norm(x, norm.running_mean, norm.running_var, training=self.training, eps=norm.eps)
-        weight = torch.cat([first.weight * norm.weight[:, None, None],
-                            (first.weight * norm.bias[:, None, None]).sum(1, keepdim=True)], 1)
-        x = torch.cat([x, torch.ones_like(x[:, :1])], 1).contiguous(memory_format=torch.channels_last)
-        return self.model[2:-1](F.conv2d(x, weight, first.bias, padding=2))
+        """What the last convolution gives: (N, 64, 8, 8)."""
+        x = normalized_conv2d(x, self.model[0], self.model[1])
+        return self.model[2:-1](x)
 
-    def answer(self, features):
+    def log_probabilities(self, features):
+        """Features (N, 64, 8, 8) -> log-probabilities (N, 10)."""
         return F.log_softmax(self.cls(self.model[-1](features).flatten(1)), 1)
 
     def forward(self, x):
-        return self.answer(self.features(x))
+        return self.log_probabilities(self.features(x))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
+# --------------------------------------------------------------------------------------------------
+# MNIST: the two methods that the paper compares with. Both are told what the shortcut is, the
+# color: invariant risk minimization by environments whose colors are mixed by different amounts,
+# learning not to learn by the colors themselves, which the features must not reveal.
+
+BINS = 8  # of each channel's mean color
 
 
-def draw_counterfactuals(args, device):
-    """As load_counterfactuals, drawn now by the generator that comes along: what generate.py makes by default."""
-    if args.offline:
-        raise UserError(f"--offline --train {args.train}: needs --counterfactual, made by a generator of --offline")
-    cgn, _ = load_generator(pretrained(args.dataset))
-    settings = generate_flags(["--seed", str(args.seed)])
-    parts = [generate_batch(cgn.to(device), settings, start, min(start + 500, args.n), device)
-             for start in range(0, args.n, 500)]
-    images, labels = (torch.cat(column) for column in zip(*parts))
-    return images.to(device), labels[:, 0].long().to(device)
+def mix_colors(x, environments, generator):
+    """Mix the color channels of each image at random: not in environment 0, most in the last.
+
+    x: (N, 3, H, W) in [-1, 1]. Returns as many, and the environment of each image, (N,): they are
+    dealt out in turn. generator: on the CPU, so that every device draws the same.
+    """
+    environment = torch.arange(len(x)) % environments
+    strength = 0.5 * environment / max(environments - 1, 1)
+    noise = torch.randn(len(x), 3, 3, generator=generator)
+    mix = torch.eye(3) + strength[:, None, None] * noise
+    mixed = torch.einsum("nij,njhw->nihw", mix.to(x.device), x / 2 + 0.5)
+    return mixed.clamp(0, 1) * 2 - 1, environment.to(x.device)
 
 
-def training_images(args, original, counterfactual, epoch):
-    """The images of one epoch, uint8 (n, 3, 32, 32), and labels. Originals are drawn anew, where the variant does so."""
-    parts = []
+def invariance_penalty(log_probabilities, y, environment, environments):
+    """IRMv1 (Arjovsky et al. 2019): each environment's loss is differentiated by a factor of the
+    logits; the squares' mean.
+
+    log_probabilities: (N, 10). The derivative at factor 1 is the mean of sum_k p_k l_k - l_y.
+    """
+    expected = (log_probabilities.exp() * log_probabilities).sum(1)
+    excess = expected - log_probabilities.gather(1, y[:, None])[:, 0]
+    members = F.one_hot(environment, environments).to(excess.dtype)
+    derivatives = (excess @ members) / members.sum(0).clamp(min=1)
+    return derivatives.square().mean()
+
+
+class ReverseGradient(torch.autograd.Function):
+    """x as it is; its derivative times -weight."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.weight = weight
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return -ctx.weight * gradient, None
+
+
+class ColorHead(nn.Module):
+    """Predicts the image's mean color from features (N, 64, H, W): logits (N, BINS, 3)."""
+
+    def __init__(self, channels=64):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(channels, 32, 1),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(32, 3 * BINS),
+            nn.Unflatten(1, (BINS, 3)),
+        )
+
+    def loss(self, features, x, weight):
+        """Learning not to learn (Kim et al. 2019): a cross-entropy that trains the head, and with
+        its gradient reversed the features, which also raise the entropy of the prediction.
+
+        Colors are the ranks of the channels' means in the batch.
+        """
+        ranks = x.mean((2, 3)).argsort(0).argsort(0)
+        colors = ranks * BINS // len(x)
+        logits = self.layers(ReverseGradient.apply(features, weight))
+        # The entropy is the features' business: the head's weights get no gradient of it.
+        detached = {name: p.detach() for name, p in self.layers.named_parameters()}
+        prediction = torch.func.functional_call(self.layers, detached, features)
+        negative_entropy = (prediction.softmax(1) * prediction.log_softmax(1)).sum(1).mean()
+        return F.cross_entropy(logits, colors) + 0.1 * weight * negative_entropy
+
+
+# --------------------------------------------------------------------------------------------------
+# MNIST: data
+
+
+class DigitData(NamedTuple):
+    """What the classifiers of all seeds share."""
+
+    original: mnist.MnistVariant  # the biased training digits
+    counterfactual: tuple | None  # images uint8 (n, 3, 32, 32) and labels (n,)
+    test: mnist.MnistVariant
+    test_sets: dict  # name -> images uint8 (n, 3, 32, 32) and labels (n,)
+
+
+def load_digit_data(args, device):
+    """Training digits, counterfactuals, and the three test sets. UserError for missing files."""
+    original, test = mnist.load_variant(
+        args.dataset,
+        args.data_dir,
+        textures=getattr(args, "textures", None),
+        offline=args.offline,
+        seed=args.seed,
+        device=device,
+    )
+    counterfactual = None
+    if args.counterfactual:
+        counterfactual = mnist.load_counterfactuals(
+            args.counterfactual, args.dataset, args.offline, device
+        )
+    test_sets = {
+        "decorrelated": (test.all_images(args.seed, decorrelated=True), test.labels),
+        "correlated": (test.all_images(args.seed), test.labels),
+        "biased": (original.all_images(args.seed)[-5000:], original.labels[-5000:]),
+    }
+    return DigitData(original, counterfactual, test, test_sets)
+
+
+def training_images(args, data, epoch):
+    """Images of one epoch, uint8 (n, 3, 32, 32), and labels (n,).
+
+    The colors of original digits are drawn anew in each epoch, where the variant does so.
+    """
+    images, labels = [], []
     if args.train != "counterfactual":
-        parts.append((original.all_images(args.seed + 1000 + epoch, decorrelated=args.train == "decorrelated"),
-                      original.labels))
+        decorrelated = args.train == "decorrelated"
+        seed = args.seed + 1000 + epoch
+        images.append(data.original.all_images(seed, decorrelated=decorrelated))
+        labels.append(data.original.labels)
     if args.train in ("counterfactual", "both"):
-        parts.append(counterfactual)
-    return tuple(torch.cat(column) if len(column) > 1 else column[0] for column in zip(*parts))
+        images.append(data.counterfactual[0])
+        labels.append(data.counterfactual[1])
+    if len(images) == 1:
+        return images[0], labels[0]
+    return torch.cat(images), torch.cat(labels)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and testing
+def count_training_images(args, data):
+    """How many images training_images returns."""
+    count = 0
+    if args.train != "counterfactual":
+        count += len(data.original)
+    if args.train in ("counterfactual", "both"):
+        count += len(data.counterfactual[1])
+    return count
+
+
+def random_affine(images, strength, generator):
+    """Rotate, shear, stretch and shift images at random: at strength 1 by up to 0.25 rad, 0.25,
+    20 % and 2.5 pixels.
+
+    images: (N, 3, H, W). generator: on the CPU, so that every device draws the same.
+    """
+    drawn = strength * (2 * torch.rand(6, len(images), generator=generator) - 1)
+    angle, shear, width, height, right, down = drawn.to(images.device)
+    cosine = (0.25 * angle).cos()
+    sine = (0.25 * angle).sin()
+    shear = 0.25 * shear
+    width = 1 + 0.2 * width
+    height = 1 + 0.2 * height
+    pixel = 5 / images.shape[3]  # 2.5 pixels, in units where the image is 2 wide
+    # The product of rotation, shear and scale, written out; the last column is the shift.
+    row_x = [width * cosine, shear * cosine - height * sine, pixel * right]
+    row_y = [width * sine, shear * sine + height * cosine, pixel * down]
+    matrix = torch.stack(row_x + row_y, 1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, images.shape, align_corners=False)
+    return F.grid_sample(images, grid, "nearest", "reflection", align_corners=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# MNIST: training and testing
 
 
 @torch.no_grad()
 def accuracy(classifier, images, labels):
-    """Percent of correct answers in eval mode. images: uint8."""
+    """Percent of correct predictions in eval mode. images: uint8 (n, 3, 32, 32)."""
     classifier.eval()
-    correct = sum((classifier(to_float(x)).argmax(1) == y).sum()
-                  for x, y in zip(images.split(1000), labels.split(1000)))
+    correct = 0
+    for x, y in zip(images.split(1000), labels.split(1000)):
+        correct = correct + (classifier(mnist.to_float(x)).argmax(1) == y).sum()
     return 100 * correct.item() / len(labels)
 
 
-def turned(images, strength, generator):
-    """Images turned, sheared, stretched and moved at random: by up to 0.25 rad, 0.25, 20 % and 2.5 pixels at strength 1.
-
-    images: (N, 3, H, W). The random numbers come from a CPU generator, so that every device agrees.
-    """
-    numbers = strength * (2 * torch.rand(6, len(images), generator=generator) - 1)
-    angle, shear, wide, high, right, down = numbers.to(images.device)
-    cosine, sine = (0.25 * angle).cos(), (0.25 * angle).sin()
-    wide, high, shear, move = 1 + 0.2 * wide, 1 + 0.2 * high, 0.25 * shear, 5 / images.shape[3]
-    rows = [wide * cosine, shear * cosine - high * sine, move * right, wide * sine, shear * sine + high * cosine, move * down]
-    grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
-    return F.grid_sample(images, grid, "nearest", "reflection", align_corners=False)
+def measure_digits(classifier, data):
+    """Accuracy on each test set, by name."""
+    metrics = {}
+    for name, (images, labels) in data.test_sets.items():
+        metrics[name] = accuracy(classifier, images, labels)
+    return metrics
 
 
-def train_step(classifier, colour_head, optimizer, x, y, args, seed):
-    """One update. Returns the loss, how many answers were right, and whether the update was left out."""
-    x, generator = to_float(x), torch.Generator().manual_seed(seed)
-    if args.augment:
-        x = turned(x, args.augment, generator)
-    if args.method == "irm":
-        x, environment = shaken_colours(x, args.environments, generator)
-    with torch.autocast(x.device.type, torch.bfloat16, enabled=args.bf16):
-        features = classifier.features(x)
-        log_probabilities = classifier.answer(features).float()
-    loss = F.nll_loss(log_probabilities, y)
-    if args.method == "irm":
-        loss = loss + args.penalty * invariance_penalty(log_probabilities, y, environment, args.environments)
-    elif args.method == "lnl":
-        loss = loss + colour_head.loss(features.float(), x, args.penalty)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    bad = finite_step(optimizer, loss)
-    return loss.detach(), (log_probabilities.detach().argmax(1) == y).sum(), bad
+def load_classifier(classifier, path):
+    """Load weights of this script or published ones. UserError if they do not fit."""
+    state = runs.load_tensors(path)
+    if not isinstance(state, dict):
+        kind = type(state).__name__
+        raise runs.UserError(f"{path}: holds a {kind}, not the weights of a classifier")
+    classifier.load_state_dict(weights.check_state_dict(state, classifier.state_dict(), path))
 
 
-def train_classifier(args, seed, out, data, tests, device, stop):
-    """One classifier, from its own seed. Returns the last epoch's numbers; None if it was stopped.
+def upgrade_checkpoint(content, steps_per_epoch):
+    """A digit classifier's checkpoint of an earlier version, in today's form."""
+    if "colour_head" not in content:
+        return content
+    args = content["args"]
+    finished = math.ceil(content["position"] / args["batch_size"])  # steps of the current epoch
+    args["epoch_steps"] = args.pop("max_steps", None)
+    return {
+        "classifier": content["classifier"],
+        "color_head": content["colour_head"],
+        "optimizers": [content["optimizer"]],
+        "args": args,
+        "step": content["epoch"] * steps_per_epoch + finished,
+        "epoch": content["epoch"],
+        "sums": torch.cat([content["sums"].cpu(), torch.tensor([float(content["position"])])]),
+        "best": content["best"],
+        "metrics": content["numbers"],
+    }
 
-    data: original and counterfactual training images, and the test's digits. tests: name -> (images, labels).
-    """
-    out.mkdir(exist_ok=True)
+
+def train_digits(args, seed, out, data, device, stop):
+    """Train one classifier from its own seed. Returns its metrics; None if it was stopped."""
     torch.manual_seed(seed)
+    bf16 = runs.pick_bf16(args.amp, device)
     classifier = MnistClassifier()
     if args.weights:
         load_classifier(classifier, args.weights)
     classifier.to(device, memory_format=torch.channels_last)
-    colour_head = ColourHead().to(device)                                  # of --method lnl
-    optimizer = torch.optim.Adadelta([*classifier.parameters(), *colour_head.parameters()], lr=args.lr)
-    # Position: images of the epoch that were seen. Sums: of their losses, and right answers.
-    state = {"epoch": 0, "position": 0, "sums": torch.zeros(2), "best": -1.0, "numbers": {}}
-    path, saved = find_checkpoint(out) if args.resume else (None, None)
-    if saved:
-        check_settings(path, saved["args"], args, vars(args).keys() - SETTINGS)
-        classifier.load_state_dict(saved["classifier"])
-        colour_head.load_state_dict(saved["colour_head"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state = {name: saved[name] for name in state}
+    color_head = ColorHead().to(device)  # of --method lnl
+    parameters = [*classifier.parameters(), *color_head.parameters()]
+    optimizer = torch.optim.Adadelta(parameters, lr=args.lr)
 
-    def save():
-        save_checkpoint(out, state | {"classifier": classifier.state_dict(), "colour_head": colour_head.state_dict(),
-                                      "optimizer": optimizer.state_dict(), "args": plain(args)})
+    batch_size = args.batch_size
+    steps_per_epoch = math.ceil(count_training_images(args, data) / batch_size)
+    steps_per_epoch = min(steps_per_epoch, args.epoch_steps or steps_per_epoch)
+    last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    path, content = checkpoints.read_checkpoint(out, args.resume)
+    training = checkpoints.Training(
+        out,
+        args,
+        {"classifier": classifier, "color_head": color_head},
+        [optimizer],
+        last_step,
+        device,
+        # epoch: epochs evaluated. sums: of losses, correct predictions and images in this epoch.
+        extra={"epoch": 0, "sums": torch.zeros(3), "best": -1.0, "metrics": {}},
+        saved=(path, upgrade_checkpoint(content, steps_per_epoch)),
+        stop=stop,
+    )
+    extra = training.extra
 
-    log, bad_steps = Log(out / "log.jsonl", state["epoch"]), 0
-    for epoch in range(state["epoch"], 0 if args.evaluate else args.epochs):
-        images, labels = training_images(args, *data[:2], epoch)
-        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        order = torch.randperm(len(labels), generator=generator).to(device)
-        if args.max_steps:
-            order = order[:args.max_steps * args.batch_size]
-        optimizer.param_groups[0]["lr"] = args.lr * args.gamma ** epoch
-        state["sums"] = state["sums"].to(device)
+    for epoch in range(extra["epoch"], math.ceil(last_step / steps_per_epoch)):
+        images, labels = training_images(args, data, epoch)
+        shuffle = runs.seeded_generator(seed, "classifier order", epoch)
+        order = torch.randperm(len(labels), generator=shuffle).to(device)
+        optimizer.param_groups[0]["lr"] = args.lr * args.gamma**epoch
+        extra["sums"] = extra["sums"].to(device)
+        first_step = epoch * steps_per_epoch
         classifier.train()
-        for index in order[state["position"]:].split(args.batch_size):
-            step = step_seed(1_000 * seed + epoch, state["position"])
-            loss, correct, bad = train_step(classifier, colour_head, optimizer, images.index_select(0, index),
-                                            labels[index], args, step)
-            bad_steps = bad_steps + 1 if bad else 0
-            state["position"] += len(index)
-            if bad_steps:
-                leave_out(epoch + 1, {"loss": loss}, bad_steps, args, [classifier], log)
-            else:
-                state["sums"] = state["sums"] + torch.stack([loss * len(index), correct])
-            if stop:
-                save()
-                print(f"stopped in epoch {epoch + 1} of seed {seed}; go on with the same command and --resume")
+
+        for step in range(training.step, min(first_step + steps_per_epoch, last_step)):
+            # Data
+            start = (step - first_step) * batch_size
+            index = order[start : start + batch_size]
+            generator = runs.seeded_generator(1_000 * seed + epoch, "step", start)
+            x = mnist.to_float(images.index_select(0, index))  # (N, 3, 32, 32) in [-1, 1]
+            y = labels[index]
+            if args.augment:
+                x = random_affine(x, args.augment, generator)
+            if args.method == "irm":
+                x, environment = mix_colors(x, args.environments, generator)
+
+            # Classifier
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                features = classifier.features(x)
+                log_probabilities = classifier.log_probabilities(features).float()
+            loss = F.nll_loss(log_probabilities, y)
+            if args.method == "irm":
+                penalty = invariance_penalty(log_probabilities, y, environment, args.environments)
+                loss = loss + args.penalty * penalty
+            elif args.method == "lnl":
+                loss = loss + color_head.loss(features.float(), x, args.penalty)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            skipped = checkpoints.finite_step(optimizer, loss)
+            checkpoints.mend_statistics(classifier)
+
+            # Log, checkpoint, stop
+            correct = (log_probabilities.detach().argmax(1) == y).sum()
+            count = correct.new_tensor(len(y))
+            seen = torch.stack([loss.detach() * len(y), correct.float(), count.float()])
+            extra["sums"] = torch.where(skipped > 0, extra["sums"], extra["sums"] + seen)
+            if training.end_step({"loss": loss}, skipped):
                 return None
-        loss, train_accuracy = (state["sums"] / len(order)).tolist()
-        numbers = {"loss": loss, "train": 100 * train_accuracy}
-        numbers |= {name: accuracy(classifier, *test) for name, test in tests.items()}
-        log.write(epoch + 1, seed=seed, **numbers)
-        print(f"seed {seed}  epoch {epoch + 1}/{args.epochs}  " +
-              "  ".join(f"{name} {value:.4g}" for name, value in numbers.items()), flush=True)
-        # Chosen without a look at the test digits: that would be selecting on what is to be measured.
-        if numbers["biased"] > state["best"]:
-            save_tensors(out / "weights_best.pt", classifier.state_dict())
-        save_tensors(out / "weights.pt", classifier.state_dict())
-        state = {"epoch": epoch + 1, "position": 0, "sums": torch.zeros(2), "numbers": numbers,
-                 "best": max(state["best"], numbers["biased"])}
-        save()
-    numbers = state["numbers"] or {name: accuracy(classifier, *test) for name, test in tests.items()}
-    if args.explain:
-        digits = data[2].digits, data[2].labels
-        numbers |= explain_digits(classifier, tests["decorrelated"][0], *digits, args.explain, out / "explain.png")
-    return numbers
+
+        # Test
+        mean_loss, train_accuracy = (extra["sums"][:2] / extra["sums"][2]).tolist()
+        metrics = {"loss": mean_loss, "train": 100 * train_accuracy}
+        metrics |= measure_digits(classifier, data)
+        training.log.write(training.step, epoch=epoch + 1, seed=seed, **metrics)
+        words = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        print(f"seed {seed}  epoch {epoch + 1}/{args.epochs}  {words}", flush=True)
+        # Chosen without a look at the test digits: that would be selecting on what is measured.
+        if metrics["biased"] > extra["best"]:
+            runs.save_tensors(out / "weights_best.pt", classifier.state_dict())
+        runs.save_tensors(out / "weights.pt", classifier.state_dict())
+        extra["best"] = max(extra["best"], metrics["biased"])
+        extra["metrics"] = metrics
+        if training.step == first_step + steps_per_epoch:  # not where --max-steps cut the epoch
+            extra["epoch"] = epoch + 1
+            extra["sums"] = torch.zeros(3)
+        training.save()
+    return extra["metrics"] | measure_heat_maps(args, classifier, data, out)
 
 
-def load_classifier(classifier, path):
-    """Weights of this script, or published ones, into `classifier`. UserError if they do not fit."""
-    state = load_tensors(path)
-    if not isinstance(state, dict):
-        raise UserError(f"{path}: holds a {type(state).__name__}, not the weights of a classifier")
-    classifier.load_state_dict(check_state_dict(state, classifier.state_dict(), path))
+def evaluate_digits(args, out, data, device):
+    """The metrics of the classifier in --weights."""
+    classifier = MnistClassifier()
+    load_classifier(classifier, args.weights)
+    classifier.to(device, memory_format=torch.channels_last)
+    return measure_digits(classifier, data) | measure_heat_maps(args, classifier, data, out)
 
 
-def summarize(args, results, out):
-    """Print and write mean and spread (standard deviation) over seeds."""
-    table = {}
-    for name in [name for name in next(iter(results.values())) if name != "loss"]:
-        values = torch.tensor([numbers[name] for numbers in results.values()], dtype=torch.float64)
-        table[name] = {"mean": values.mean().item(), "std": values.std(correction=len(values) > 1).item()}
-        print(f"{name:>15} {table[name]['mean']:6.2f} +- {table[name]['std']:.2f} %  ({len(values)} seeds)")
-    write_json(out / "results.json", {"dataset": args.dataset, "train": args.train, "offline": args.offline,
-                                      "summary": table, "seeds": results})
+def measure_heat_maps(args, classifier, data, out):
+    """Heat maps of --explain test images in explain.png, and their metrics; {} for none."""
+    if not args.explain:
+        return {}
+    images, _ = data.test_sets["decorrelated"]
+    return pictures.explain_digits(
+        classifier, images, data.test.digits, data.test.labels, args.explain, out / "explain.png"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def summarize(args, results):
+    """Print and write mean and standard deviation of each metric over seeds."""
+    summary = {}
+    names = [name for name in next(iter(results.values())) if name != "loss"]
+    for name in names:
+        values = torch.tensor([metrics[name] for metrics in results.values()], dtype=torch.float64)
+        mean = values.mean().item()
+        deviation = values.std(correction=len(values) > 1).item()
+        summary[name] = {"mean": mean, "std": deviation}
+        print(f"{name:>15} {mean:6.2f} +- {deviation:.2f} %  ({len(values)} seeds)")
+    description = {
+        "dataset": args.dataset,
+        "train": args.train,
+        "offline": args.offline,
+        "summary": summary,
+        "seeds": results,
+    }
+    runs.write_json(args.out / "results.json", description)
+
+
+def classify_digits(args, device):
+    """Train, or evaluate, a classifier for each seed. Everything is written into args.out."""
+    if args.offline:
+        print("OFFLINE: synthetic digits, drawn textures. No number of this run is about MNIST.")
+    with runs.claim_folder(args.out, __file__, args.resume):
+        data = load_digit_data(args, device)
+        runs.describe_run(args.out, __file__, vars(args))
+        stop = runs.StopSignal()
+        results = {}
+        for seed in args.seeds:
+            out = args.out / f"seed_{seed}"
+            out.mkdir(exist_ok=True)
+            if args.evaluate:
+                metrics = evaluate_digits(args, out, data, device)
+            else:
+                metrics = train_digits(args, seed, out, data, device, stop)
+            if metrics is None:
+                return
+            results[seed] = metrics
+        summarize(args, results)
+
+
+# --------------------------------------------------------------------------------------------------
+# MNIST: flags
+
+
+def parse_digits(parser, argv, variant):
+    """The arguments of a MNIST variant."""
+    training = shared_flags(parser)
+    training.add_argument(
+        "--train", choices=["original", "counterfactual", "both", "decorrelated"],
+        default="original",
+        help="images to train on: the biased data, --counterfactual, or both together; or the "
+        "ceiling, what a perfect generator would make: training digits in colors and textures of "
+        "any class",
+    )
+    training.add_argument(
+        "--batch-size", type=runs.positive_int, default=64, help="images in a batch"
+    )
+    training.add_argument(
+        "--amp", choices=["auto", "off", "bf16"], default="auto",
+        help="bf16 arithmetic in training; auto: where the hardware multiplies it",
+    )
+    training.add_argument(
+        "--gamma", type=runs.non_negative_float, default=0.7,
+        help="factor of the learning rate in each epoch",
+    )
+    training.add_argument(
+        "--augment", type=runs.non_negative_float, default=0.0, metavar="S",
+        help="rotate, shear, stretch and shift training images at random; 1: by up to 14 degrees, "
+        "0.25, 20 %% and 2.5 pixels",
+    )
+    training.add_argument(
+        "--method", choices=["plain", "irm", "lnl"], default="plain",
+        help="what the paper compares with: invariant risk minimization over environments of mixed "
+        "colors, learning not to learn",
+    )
+    irm = parser.add_argument_group("--method irm")
+    irm.add_argument("--environments", type=runs.positive_int, default=2, help="how many")
+    penalties = parser.add_argument_group("--method irm and lnl")
+    penalties.add_argument(
+        "--penalty", type=runs.non_negative_float, default=1.0, help="weight of what they add"
+    )
+    data = parser.add_argument_group("digits")
+    data.add_argument(
+        "--data-dir", type=Path, default=runs.DOWNLOADS,
+        help="folder with MNIST's files; fetched if missing",
+    )
+    if variant == "wildlife_mnist":
+        data.add_argument(
+            "--textures", help="folder with object/ and background/, or 'dtd', as in train_cgn.py"
+        )
+    data.add_argument(
+        "--seeds", type=runs.non_negative_int, nargs="+", default=[0], metavar="SEED",
+        help="classifiers to train, one for each seed: initial weights and order of the images",
+    )
+    parser.set_defaults(epochs=10, lr=1.0)
+
+    args = parser.parse_args(argv)
+    check_common(parser, args, training)
+    if args.method != "irm":
+        runs.refuse_flags(parser, irm, args, "needs --method irm")
+    if args.method == "plain":
+        runs.refuse_flags(parser, penalties, args, "needs --method irm or lnl")
+    if args.environments > args.batch_size:
+        parser.error(
+            f"--environments {args.environments}: a batch of {args.batch_size} cannot hold an "
+            "image of each"
+        )
+    generated = args.train in ("counterfactual", "both")
+    if args.counterfactual and not generated:
+        parser.error(f"--counterfactual: --train {args.train} takes none")
+    if generated and not args.counterfactual:
+        parser.error(f"--train {args.train}: needs --counterfactual, a data set of generate.py")
+    return args
+
+
+# ==================================================================================================
 # ImageNet: the invariant ensemble (section 4.2)
 
-class Ensemble(nn.Module):
-    """A torchvision classifier whose last linear layer is replaced by three: (N, 3, H, W) -> logits (N, 3, 1000)."""
+HEADS = imagenet.HEADS  # shape, texture, background
+PREDICTIONS = (*HEADS, "mean", "shape and texture")  # of an ensemble, see with_means
 
-    def __init__(self, arch, state=None, keep_head=False):
-        """state: of the pretrained classifier, or None. keep_head: all three heads begin as its last layer."""
+
+class Ensemble(nn.Module):
+    """A torchvision classifier with three heads in place of its last linear layer.
+
+    (N, 3, H, W) -> logits (N, 3, 1000). state: a state dict of the pretrained classifier, or None.
+    """
+
+    def __init__(self, arch, state=None):
         super().__init__()
         self.backbone = torchvision.models.get_model(arch, weights=None)
         if state is not None:
             self.backbone.load_state_dict(state)
-        name, last = [(n, m) for n, m in self.backbone.named_modules() if isinstance(m, nn.Linear)][-1]
+        modules = self.backbone.named_modules()
+        linear = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
+        name, last = linear[-1]
         if last.out_features != 1000:
-            raise UserError(f"--arch {arch}: does not end in a linear layer of 1000 classes")
+            raise runs.UserError(f"--arch {arch}: does not end in a linear layer of 1000 classes")
         parent, _, child = name.rpartition(".")
         setattr(self.backbone.get_submodule(parent), child, nn.Identity())
         self.heads = nn.ModuleList(nn.Linear(last.in_features, 1000) for _ in HEADS)
-        if keep_head:
-            for head in self.heads:
-                head.load_state_dict(last.state_dict())
 
     def train(self, mode=True):
         super().train(mode)
-        for module in self.modules():                      # statistics stay those of the pretrained network
+        for module in self.modules():  # BatchNorm keeps the statistics of the pretrained network
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
         return self
@@ -267,325 +619,581 @@ class Ensemble(nn.Module):
 
 
 def ensemble_loss(logits, labels, counterfactual_labels):
-    """Real images first: cross-entropy of the heads' mean; then counterfactuals: each head's with its own label, summed.
+    """Cross-entropy of the heads' mean on real images, plus each head's with its own label on
+    counterfactuals.
 
-    logits: (R + C, 3, 1000). labels: (R,). counterfactual_labels: (C, 3).
+    logits: (R + C, 3, 1000), real images first. labels: (R,). counterfactual_labels: (C, 3).
     """
     real, counterfactual = logits.float().split([len(labels), len(logits) - len(labels)])
     loss = F.cross_entropy(real.mean(1), labels)
     if len(counterfactual):
-        loss = loss + sum(F.cross_entropy(counterfactual[:, head], counterfactual_labels[:, head]) for head in range(3))
+        heads = zip(counterfactual.unbind(1), counterfactual_labels.unbind(1))
+        loss = loss + sum(F.cross_entropy(logits, labels) for logits, labels in heads)
     return loss
 
 
 def pretrained_state(args):
-    """The weights of a torchvision classifier, fetched if need be; None with --offline or --pretrained none."""
+    """A torchvision classifier's weights, fetched if need be. None with --offline or --pretrained
+    none.
+    """
     if args.offline or args.pretrained == "none":
         return None
     with torch.device("meta"):
         expected = torchvision.models.get_model(args.arch, weights=None).state_dict()
-    add_torchvision_file(args.arch)
-    return load_network(args.arch, args.weights_dir, args.pretrained and Path(args.pretrained), expected)
-
-
-def learning_rate(args, epoch):
-    """Of this moment, in epochs with fractions: linear warm-up, then steps of a tenth, or a cosine."""
-    if epoch < args.warmup:
-        return args.lr * (epoch + 1e-3) / args.warmup
-    if args.schedule == "cosine":
-        return args.lr * (1 + math.cos(math.pi * (epoch - args.warmup) / (args.epochs - args.warmup))) / 2
-    return args.lr * 0.1 ** (int(epoch) // args.lr_step)
-
-
-def epoch_order(count, steps, batch, seed, epoch):
-    """Numbers below count for all steps, in random order, whole permutations first; this rank's share of each batch."""
-    generator = torch.Generator().manual_seed(step_seed(seed, epoch))
-    rounds = -(-steps * batch // count)
-    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])[:steps * batch]
-    rank, ranks = rank_and_ranks()
-    return order.view(steps, batch)[:, rank::ranks].flatten().tolist()
-
-
-def imagenet_batches(real, counterfactual, args, epoch, first, device):
-    """Batches of an epoch from step `first` on: real images, each with its counterfactuals, if there are any."""
-    _, ranks = rank_and_ranks()
-    parts = []
-    for images, size in ((real, args.batch_size), (counterfactual, round(args.cf_ratio * args.batch_size))):
-        if images is not None and size:
-            images.epoch = epoch
-            order = epoch_order(len(images), args.steps, size, images.seed, epoch)[first * size // ranks:]
-            parts.append(batches(images, order, size // ranks, args.workers, device))
-    return zip(*parts)
-
-
-def imagenet_step(model, optimizer, batch, args):
-    """One update; both kinds of images in the same forward. Returns the loss, and whether the update was left out."""
-    pixels, labels = torch.cat([pixels for pixels, _ in batch]), batch[0][1]
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=args.bf16):
-        logits = model(normalized(pixels))
-    loss = ensemble_loss(logits, labels, batch[1][1] if len(batch) > 1 else None)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    return loss.detach(), finite_step(optimizer, loss)
-
-
-def train_imagenet(args, ensemble, tests, real, counterfactual, out, device):
-    """Epochs, each with its evaluation; rank 0 writes. Returns the last evaluation's rows and what was evaluated."""
-    rank, ranks = rank_and_ranks()
-    parts = {"ensemble": ensemble}
-    if args.ema:
-        parts["average"] = copy.deepcopy(ensemble).requires_grad_(False)
-    tested = parts.get("average", ensemble)
-    optimizer = torch.optim.SGD(ensemble.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True)
-    step, epoch, best, loss_sum, rows = 0, 0, -1.0, torch.zeros((), device=device), []
-    if state := restore_training(out, args, parts, [optimizer], vars(args).keys() - SETTINGS):
-        step, epoch, best, loss_sum = state["step"], state["epoch"], state["best"], state["loss_sum"].to(device)
-    model = nn.parallel.DistributedDataParallel(ensemble, broadcast_buffers=False) if ranks > 1 else ensemble
-    if args.compile:
-        ensemble.compile()
-    log, stop = Log(out / "log.jsonl", step, epoch) if rank == 0 else None, StopSignal()
-    last, bad_steps = args.epochs * args.steps, 0
-
-    def save(**more):
-        if rank == 0:
-            save_training(out, step, args, parts, [optimizer], arch=args.arch, epoch=epoch, best=best, **more)
-
-    while epoch < args.epochs:
-        model.train()
-        for batch in imagenet_batches(real, counterfactual, args, epoch, step - epoch * args.steps, device):
-            torch.manual_seed(step_seed(args.seed + 101 * rank, step))     # of dropout
-            optimizer.param_groups[0]["lr"] = learning_rate(args, step / args.steps)
-            loss, bad = imagenet_step(model, optimizer, batch, args)
-            step, stopping, bad_steps = step + 1, any_rank(stop, device), bad_steps + 1 if bad else 0
-            if bad_steps:
-                leave_out(step, {"loss": loss}, bad_steps, args, [], log)
-            else:
-                loss_sum = loss_sum + loss
-                if args.ema:
-                    update_average(parts["average"], ensemble, args.ema)
-            if rank == 0 and step % args.log_every == 0:
-                loss = loss_sum.item() / (step - epoch * args.steps)       # of this epoch so far, on this rank
-                log.write(step, loss=loss, lr=optimizer.param_groups[0]["lr"])
-                log.progress(step, last, {"epoch": epoch + 1, "loss": loss})
-            if stopping or step % args.save_every == 0:
-                save(loss_sum=mean_over_ranks(loss_sum.clone()))
-            if stopping:
-                if rank == 0:
-                    print(f"\nstopped after step {step}; go on with the same command and --resume")
-                return None, None
-        step = (epoch + 1) * args.steps                                    # if a batch was nothing but damaged images
-        save(loss_sum=mean_over_ranks(loss_sum.clone()))                   # in case of a kill while evaluating
-        rows = evaluate(tested, ANSWERS, tests, args, device)
-        measure = next((row[3] for row in rows if row[:3] == ("val", "mean", "top-1")), 0.0)
-        loss, epoch = mean_over_ranks(loss_sum).item() / args.steps, epoch + 1
-        loss_sum = torch.zeros((), device=device)
-        better, best = measure > best, max(best, measure)
-        if rank == 0:
-            log.write(step, epoch=epoch, epoch_loss=loss, **{" ".join(row[:3]): row[3] for row in rows})
-            print(f"epoch {epoch}/{args.epochs}  loss {loss:.4g}  val top-1 {measure:.2f}", flush=True)
-        save(loss_sum=loss_sum, best_too=better)
-    return rows or evaluate(tested, ANSWERS, tests, args, device), tested        # resumed when all was done
+    file = download.torchvision_file(args.arch)
+    path = Path(args.pretrained) if args.pretrained else None
+    return weights.load_network(file, args.weights_dir, path, expected)
 
 
 def load_ensemble(args):
     """A new ensemble on pretrained weights, or the one of --weights."""
     if args.arch not in torchvision.models.list_models(torchvision.models):
-        raise UserError(f"--arch {args.arch}: not a classifier of torchvision, such as resnet50")
+        raise runs.UserError(
+            f"--arch {args.arch}: not a classifier of torchvision, such as resnet50"
+        )
     if not args.weights:
-        return Ensemble(args.arch, pretrained_state(args), args.heads == "pretrained")
-    content = load_tensors(args.weights)
+        return Ensemble(args.arch, pretrained_state(args))
+    content = runs.load_tensors(args.weights)
     if not isinstance(content, dict) or content.get("arch") != args.arch:
-        raise UserError(f"--weights {args.weights}: not an ensemble on {args.arch}; give its --arch, or another file")
-    ensemble, name = Ensemble(args.arch), "average" if "average" in content else "ensemble"
-    ensemble.load_state_dict(check_state_dict(content.get(name), ensemble.state_dict(), args.weights))
+        raise runs.UserError(
+            f"--weights {args.weights}: not an ensemble on {args.arch}; give its --arch, or "
+            "another file"
+        )
+    ensemble = Ensemble(args.arch)
+    state = content.get("average", content.get("ensemble"))  # older files may have an average
+    ensemble.load_state_dict(weights.check_state_dict(state, ensemble.state_dict(), args.weights))
     return ensemble
 
 
 def load_baseline(args):
     """The plain classifier, as it was pretrained."""
     classifier = torchvision.models.get_model(args.arch, weights=None)
-    classifier.load_state_dict(pretrained_state(args) or classifier.state_dict())
+    state = pretrained_state(args)
+    if state is not None:
+        classifier.load_state_dict(state)
     return classifier
 
 
-def main_imagenet(args):
-    device = join_ranks(pick_device(args.device))
-    rank, ranks = rank_and_ranks()
-    args.bf16 = pick_bf16(args.amp, device)
-    if not args.evaluate and not args.data_dir:
-        raise UserError("training needs --data-dir, ImageNet's folder; or give --evaluate")
-    for name, size in (("--batch-size", args.batch_size), ("--batch-size x --cf-ratio", args.cf_ratio * args.batch_size)):
-        if round(size) % ranks:
-            raise UserError(f"{name}: {size} images cannot be shared out evenly over {ranks} ranks")
-    (paths, labels), cut = counterfactual_images(args.counterfactual) if args.counterfactual else ([], []), args.cf_test
-    if not args.evaluate:
-        cut = min(cut, -(-len(paths) // 10))               # the others are for training
-    tests = load_tests(args, (paths[:cut], labels[:cut]))
+# --------------------------------------------------------------------------------------------------
+# ImageNet: metrics. Hits are counted on every rank over its share of the images, then summed: what
+# is reported is exact, whatever the batch size and the number of GPUs.
+
+
+def with_means(logits):
+    """Logits of the heads, of the mean of all three, and of shape and texture.
+
+    (N, 3, 1000) -> (N, 5, 1000); those of a plain classifier, (N, 1, 1000), stay.
+    """
+    if logits.shape[1] != 3:
+        return logits
+    mean = logits.mean(1, keepdim=True)
+    shape_and_texture = logits[:, :2].mean(1, keepdim=True)
+    return torch.cat([logits, mean, shape_and_texture], 1)
+
+
+def top_hits(logits, labels, present=None):
+    """Top-1 and top-5 hits of each head: (heads, 2).
+
+    labels: (N,), or (N, heads). present: the only classes to which predictions are restricted.
+    """
+    logits = with_means(logits)
+    if present is not None:
+        absent = ~torch.isin(torch.arange(1000, device=logits.device), present)
+        logits = logits.masked_fill(absent, -torch.inf)
+    if labels.ndim == 1:
+        labels = labels[:, None]
+    else:  # both means are compared with the shape's class
+        labels = torch.cat([labels, labels[:, :1], labels[:, :1]], 1)
+    hits = logits.topk(5).indices == labels[..., None]  # (N, heads, 5)
+    return torch.stack([hits[..., 0].sum(0), hits.any(2).sum(0)], 1)
+
+
+def conflict_hits(logits, labels):
+    """Images that each head puts into the category of their shape, and of their texture.
+
+    Returns (heads, 2).
+    labels: (N, 2). A category's probability is the mean over its classes (Geirhos et al. 2019).
+    """
+    probabilities = with_means(logits).softmax(2)
+    categories = imagenet.imagenet_metadata()["cue_conflict"]["categories"].values()
+    means = [probabilities[..., classes].mean(2) for classes in categories]
+    predictions = torch.stack(means, 2).argmax(2)  # (N, heads)
+    by_shape = (predictions == labels[:, :1]).sum(0)
+    by_texture = (predictions == labels[:, 1:]).sum(0)
+    return torch.stack([by_shape, by_texture], 1)
+
+
+def imagenet9_hits(logits, labels):
+    """Images whose best of all 1000 classes belongs to the right one of nine: (heads, 1)."""
+    mapping = imagenet.imagenet_metadata()["in9"]["imagenet_to_in9"]
+    groups = torch.tensor(mapping, device=logits.device)
+    predictions = groups[with_means(logits).argmax(2)]  # (N, heads)
+    return (predictions == labels[:, None]).sum(0)[:, None]
+
+
+@torch.inference_mode()
+def count_hits(model, heads, kind, test, hits, args, device):
+    """The sum of `hits` over a test (paths, labels), and how many images it has."""
+    rank, world_size = runs.rank_and_world_size()
+    bf16 = runs.pick_bf16(args.amp, device)
+    paths, labels = test
+    # ImageNet-9 and Cue-Conflict come ready cropped.
+    cropped = kind in ("conflict", "in9")
+    transform = imagenet.make_transform(False, args.image_size, margin=not cropped)
+    statistics = (imagenet.MEAN, imagenet.STD)
+    if kind == "in9" and args.in9_normalization == "in9":
+        statistics = (imagenet.IN9_MEAN, imagenet.IN9_STD)
+    images = imagenet.Images(paths, labels, transform)
+    share = range(rank, len(images), world_size)
+    batch_size = args.batch_size // world_size
+    sums = 0
+    count = 0
+    for pixels, truth in imagenet.batches(images, share, batch_size, args.workers, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            logits = model(imagenet.normalized(pixels, *statistics)).float()
+        if logits.ndim == 2:
+            logits = logits[:, None]
+        sums = sums + hits(logits, truth)
+        count += len(pixels)
+    if not count:  # a rank without images: zeros of the right shape
+        sums = hits(torch.empty(0, heads, 1000, device=device), labels[:0].to(device))
+    total = torch.cat([sums.flatten(), sums.new_tensor([count])]).double()
+    total = (world_size * runs.mean_over_ranks(total)).round().long()
+    return total[:-1].view(sums.shape).tolist(), int(total[-1])
+
+
+def evaluate(model, names, tests, args, device):
+    """Rows (test, head, measure, percent, hits, images) of all tests.
+
+    names: of the model's heads, then of their means. tests: see load_tests.
+    """
+    model.eval()
+    rows = []
+    top1 = {}  # test -> top-1 accuracy of each head
+    for test, (kind, images) in tests.items():
+        if kind == "counterfactual" and len(names) == 1:  # no heads for the three labels
+            continue
+        if kind == "conflict":
+            score = conflict_hits
+        elif kind == "in9":
+            score = imagenet9_hits
+        else:
+            present = images[1].unique().to(device) if kind == "ood" else None
+            score = functools.partial(top_hits, present=present)
+        hits, count = count_hits(model, min(len(names), 3), kind, images, score, args, device)
+        heads = names[:3] if kind == "counterfactual" else names
+        for name, head_hits in zip(heads, hits):
+            rows += rows_of_head(test, name, kind, head_hits, count)
+        top1[test] = [percent(head_hits[0], count) for head_hits in hits]
+    if {"in9 mixed_same", "in9 mixed_rand"} <= top1.keys():
+        pairs = zip(names, top1["in9 mixed_same"], top1["in9 mixed_rand"])
+        for name, same, rand in pairs:
+            rows.append(("in9", name, "background gap", same - rand, None, None))
+    return rows
+
+
+def percent(hits, total):
+    """100 hits / total; NaN for none."""
+    return 100 * hits / total if total else math.nan
+
+
+def rows_of_head(test, name, kind, hits, count):
+    """The rows of one head in one test."""
+    first = hits[0]
+    if kind == "conflict":
+        decided = sum(hits)  # by shape or by texture
+        return [
+            (test, name, "shape bias", percent(first, decided), first, decided),
+            (test, name, "right shape", percent(first, count), first, count),
+        ]
+    rows = [(test, name, "top-1", percent(first, count), first, count)]
+    if kind in ("val", "ood"):
+        rows.append((test, name, "top-5", percent(hits[1], count), hits[1], count))
+    return rows
+
+
+def write_table(out, rows):
+    """results.json and results.md; the table on the screen."""
+    columns = ("test", "head", "measure", "percent", "hits", "images")
+    lines = ["| test | head | measure | percent | of |", "|---|---|---|---|---|"]
+    for test, head, measure, value, hits, count in rows:
+        of = "" if count is None else f"{hits} / {count}"
+        lines.append(f"| {test} | {head} | {measure} | {value:.2f} | {of} |")
+    runs.write_json(out / "results.json", [dict(zip(columns, row)) for row in rows])
+    with runs.atomic(out / "results.md") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines), flush=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# ImageNet: data
+
+
+def load_tests(args, counterfactual):
+    """What is to be evaluated: name -> (kind, (paths, labels)).
+
+    counterfactual: paths and labels of those held out, or empty ones.
+    """
+    tests = {}
+    if args.data_dir:
+        tests["val"] = "val", imagenet.validation_images(args.data_dir)
+    if len(counterfactual[0]):
+        tests["counterfactual"] = "counterfactual", counterfactual
+    if args.cue_conflict:
+        tests["cue-conflict"] = "conflict", imagenet.cue_conflict_images(args.cue_conflict)
+    if args.imagenet9:
+        for name, images in imagenet.imagenet9_images(args.imagenet9).items():
+            tests[f"in9 {name}"] = "in9", images
+    for pair in args.ood:
+        name, _, path = pair.partition("=")
+        if not path:
+            raise runs.UserError(f"--ood {name}: should be NAME=PATH")
+        paths, labels = imagenet.wnid_images(path)
+        tests[name] = "ood", (paths, labels)
+        classes = len(labels.unique())
+        print(f"{name}: {classes} of 1000 classes; predictions are restricted to them")
     if not tests:
-        raise UserError("nothing to evaluate: give --data-dir, --counterfactual, --cue-conflict, --imagenet9 or --ood")
-    if args.explain and all(kind in ("conflict", "in9") for kind, _ in tests.values()):
-        raise UserError("--explain: needs images with classes of ImageNet: give --data-dir, --counterfactual or --ood")
-    counterfactual, settings = None, {"device": device if args.decode == "device" else None}
+        raise runs.UserError(
+            "nothing to evaluate: give --data-dir, --counterfactual, --cue-conflict, --imagenet9 "
+            "or --ood"
+        )
+    kinds = {kind for kind, _ in tests.values()}
+    if args.explain and kinds <= {"conflict", "in9"}:
+        raise runs.UserError(
+            "--explain: needs images with classes of ImageNet: give --data-dir, --counterfactual "
+            "or --ood"
+        )
+    return tests
+
+
+def batch_order(count, steps, batch_size, seed, epoch):
+    """Indices below `count` for all steps of an epoch, in random order, whole permutations first.
+
+    Returns this rank's share of each batch.
+    """
+    generator = runs.seeded_generator(seed, "step", epoch)
+    rounds = math.ceil(steps * batch_size / count)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(rounds)])
+    batches = order[: steps * batch_size].view(steps, batch_size)
+    rank, world_size = runs.rank_and_world_size()
+    return batches[:, rank::world_size].flatten().tolist()
+
+
+def epoch_batches(args, data, batch_size, seed, epoch, steps, first_step, device):
+    """Batches (uint8 images, labels) of one kind of data (paths, labels) in an epoch.
+
+    Those before first_step are left out.
+    """
+    _, world_size = runs.rank_and_world_size()
+    paths, labels = data
+    transform = imagenet.make_transform(True, args.image_size)
+    images = imagenet.Images(paths, labels, transform, seed, epoch)
+    order = batch_order(len(paths), steps, batch_size, seed, epoch)
+    order = order[first_step * batch_size // world_size :]
+    return imagenet.batches(images, order, batch_size // world_size, args.workers, device)
+
+
+# --------------------------------------------------------------------------------------------------
+# ImageNet: training
+
+
+def train_ensemble(args, ensemble, tests, real, counterfactual, device):
+    """Train in epochs, each with its evaluation. Returns its rows; None if the run was stopped.
+
+    real, counterfactual: paths and labels; counterfactual may be None.
+    """
+    rank, world_size = runs.rank_and_world_size()
+    bf16 = runs.pick_bf16(args.amp, device)
+    counterfactual_size = round(args.cf_ratio * args.batch_size) if counterfactual else 0
+    steps_per_epoch = len(real[0]) // args.batch_size
+    steps_per_epoch = min(steps_per_epoch, args.epoch_steps or steps_per_epoch)
+    last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
+    needed = counterfactual_size * steps_per_epoch
+    if rank == 0 and counterfactual and needed > len(counterfactual[0]):
+        print(
+            f"{len(counterfactual[0])} counterfactuals for {needed} in each epoch: they are drawn "
+            "more than once"
+        )
+    optimizer = torch.optim.SGD(
+        ensemble.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
+    )
+    training = checkpoints.Training(
+        args.out,
+        args,
+        {"ensemble": ensemble},
+        [optimizer],
+        last_step,
+        device,
+        written=("ensemble",),
+        # epoch: epochs evaluated. loss_sum: of the steps of this epoch, on this rank.
+        extra={"arch": args.arch, "epoch": 0, "best": -1.0, "loss_sum": torch.zeros(())},
+    )
+    extra = training.extra
+    model = ensemble
+    if world_size > 1:
+        model = nn.parallel.DistributedDataParallel(ensemble, broadcast_buffers=False)
+    if args.compile:
+        ensemble.compile()
+
+    rows = None
+    for epoch in range(extra["epoch"], math.ceil(last_step / steps_per_epoch)):
+        model.train()
+        optimizer.param_groups[0]["lr"] = args.lr * 0.1 ** (epoch // args.lr_step)
+        extra["loss_sum"] = extra["loss_sum"].to(device)
+        first_step = epoch * steps_per_epoch
+        steps = min(steps_per_epoch, last_step - first_step)
+        done = training.step - first_step
+        kinds = [epoch_batches(args, real, args.batch_size, args.seed, epoch, steps, done, device)]
+        if counterfactual_size:
+            kinds.append(
+                epoch_batches(
+                    args,
+                    counterfactual,
+                    counterfactual_size,
+                    args.seed + 1,
+                    epoch,
+                    steps,
+                    done,
+                    device,
+                )
+            )
+        for batch in zip(*kinds):
+            # Data: both kinds of images in one forward pass.
+            torch.manual_seed(runs.derived_seed(args.seed + 101 * rank, "step", training.step))
+            pixels = torch.cat([pixels for pixels, _ in batch])
+            labels = batch[0][1]
+            counterfactual_labels = batch[1][1] if counterfactual_size else None
+
+            # Ensemble
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                logits = model(imagenet.normalized(pixels))
+            loss = ensemble_loss(logits, labels, counterfactual_labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            skipped = checkpoints.finite_step(optimizer, loss)
+
+            # Log, checkpoint, stop
+            total = extra["loss_sum"]
+            extra["loss_sum"] = torch.where(skipped > 0, total, total + loss.detach())
+            rate = optimizer.param_groups[0]["lr"]
+            if training.end_step({"loss": loss, "lr": rate}, skipped):
+                return None
+
+        # Test
+        training.step = first_step + steps  # fewer if a batch held nothing but damaged images
+        training.save()  # evaluating takes time, and a kill may come
+        rows = evaluate(ensemble, PREDICTIONS, tests, args, device)
+        measured = {row[:3]: row[3] for row in rows}
+        accuracy = measured.get(("val", "mean", "top-1"), 0.0)
+        mean_loss = runs.mean_over_ranks(extra["loss_sum"]).item() / steps
+        if rank == 0:
+            metrics = {" ".join(names): value for names, value in measured.items()}
+            training.log.write(training.step, epoch=epoch + 1, epoch_loss=mean_loss, **metrics)
+            print(
+                f"epoch {epoch + 1}/{args.epochs}  loss {mean_loss:.4g}  val top-1 {accuracy:.2f}",
+                flush=True,
+            )
+        better = accuracy > extra["best"]
+        extra["best"] = max(extra["best"], accuracy)
+        if steps == steps_per_epoch:  # not where --max-steps cut the epoch
+            extra["epoch"] = epoch + 1
+            extra["loss_sum"] = torch.zeros(())
+        training.save()
+        if better:
+            training.save_weights("weights_best.pt")
+    if rows is None:  # resumed when all was done
+        rows = evaluate(ensemble, PREDICTIONS, tests, args, device)
+    return rows
+
+
+def check_batch_sizes(args):
+    """UserError if a batch cannot be shared out evenly over the GPUs."""
+    _, world_size = runs.rank_and_world_size()
+    sizes = {
+        "--batch-size": args.batch_size,
+        "--batch-size x --cf-ratio": round(args.cf_ratio * args.batch_size),
+    }
+    for name, size in sizes.items():
+        if size % world_size:
+            raise runs.UserError(
+                f"{name}: {size} images cannot be shared out evenly over {world_size} GPUs"
+            )
+
+
+def split_counterfactuals(args):
+    """Counterfactuals to test the heads on, and those to train on (None if there are none)."""
+    if not args.counterfactual:
+        return ([], []), None
+    paths, labels = imagenet.counterfactual_images(args.counterfactual)
+    cut = args.cf_test
+    if args.evaluate:
+        return (paths[:cut], labels[:cut]), None
+    cut = min(cut, math.ceil(len(paths) / 10))
+    if cut == len(paths):
+        raise runs.UserError(
+            f"--counterfactual: {len(paths)} image is too few to train on and to test with"
+        )
+    return (paths[:cut], labels[:cut]), (paths[cut:], labels[cut:])
+
+
+def classify_imagenet(args, device):
+    """Train, or evaluate, an ensemble. Everything is written into args.out."""
+    check_batch_sizes(args)
+    held_out, counterfactual = split_counterfactuals(args)
+    tests = load_tests(args, held_out)
     if not args.evaluate:
-        change = transform(True, args.image_size)
-        real = Images(*wnid_images(args.data_dir / "train"), change, args.seed, **settings)
-        args.steps = min(len(real) // args.batch_size, args.max_steps or len(real))
-        if not args.steps:
-            raise UserError(f"--batch-size {args.batch_size}: larger than the {len(real)} training images")
-        if len(paths) > cut:
-            counterfactual = Images(paths[cut:], labels[cut:], change, args.seed + 1, **settings)
-        elif args.counterfactual:
-            raise UserError(f"--counterfactual: {len(paths)} image is too few to train on and to test with")
+        real = imagenet.wnid_images(args.data_dir / "train")
+        if len(real[0]) < args.batch_size:
+            raise runs.UserError(
+                f"--batch-size {args.batch_size}: larger than the {len(real[0])} training images"
+            )
     torch.manual_seed(args.seed)
     ensemble = load_ensemble(args).to(device, memory_format=torch.channels_last)
-    baseline = load_baseline(args).to(device, memory_format=torch.channels_last) if args.baseline else None
-    out = claim_folder(args.out, __file__, args.resume) if rank == 0 else args.out
-    if rank == 0:
-        describe_run(out, __file__, args)
-        if args.offline:
+    if args.baseline:
+        baseline = load_baseline(args).to(device, memory_format=torch.channels_last)
+
+    with runs.claim_folder(args.out, __file__, args.resume):
+        runs.describe_run(args.out, __file__, vars(args))
+        if args.offline and runs.is_main_rank():
             print("OFFLINE: random weights. No number of this run is about ImageNet.")
-        wanted = 0 if args.evaluate else round(args.cf_ratio * args.batch_size) * args.steps
-        if counterfactual and wanted > len(counterfactual):
-            print(f"{len(counterfactual)} counterfactuals for {wanted} in each epoch: they are drawn more than once")
-    if args.evaluate:
-        rows = evaluate(ensemble, ANSWERS, tests, args, device)
-    else:
-        rows, ensemble = train_imagenet(args, ensemble, tests, real, counterfactual, out, device)
-        if rows is None:
-            return
-    if baseline:
-        rows += evaluate(baseline, ["baseline"], tests, args, device)
-    if rank == 0:
-        write_table(out, rows)
-        if args.explain:
-            explain_imagenet(ensemble, tests, args, device, out / "explain.png")
+        runs.wait_for_ranks()
+        if args.evaluate:
+            rows = evaluate(ensemble, PREDICTIONS, tests, args, device)
+        else:
+            rows = train_ensemble(args, ensemble, tests, real, counterfactual, device)
+            if rows is None:
+                return
+        if args.baseline:
+            rows += evaluate(baseline, ["baseline"], tests, args, device)
+        if runs.is_main_rank():
+            write_table(args.out, rows)
+            if args.explain:
+                pictures.explain_ensemble(
+                    ensemble,
+                    tests,
+                    args.explain,
+                    args.image_size,
+                    args.batch_size,
+                    device,
+                    args.out / "explain.png",
+                )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# ImageNet: flags
+
+
+def parse_ensemble(parser, argv):
+    """The arguments of the ensemble. The defaults are the published settings."""
+    training = shared_flags(parser)
+    training.add_argument(
+        "--lr-step", type=runs.positive_int, default=15,
+        help="epochs to the next tenth of the learning rate",
+    )
+    training.add_argument(
+        "--weight-decay", type=runs.non_negative_float, default=1e-4,
+        help="SGD's; its momentum is 0.9",
+    )
+    training.add_argument("--compile", action="store_true", help="torch.compile the ensemble")
+    mixing = parser.add_argument_group("with --counterfactual")
+    mixing.add_argument(
+        "--cf-ratio", type=runs.non_negative_float, default=1.0,
+        help="counterfactuals for each real image in training",
+    )
+    mixing.add_argument(
+        "--cf-test", type=runs.positive_int, default=5000,
+        help="first counterfactuals, to test the heads on; in training at most a tenth, held out",
+    )
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--arch", default="resnet50", help="a torchvision classifier that ends in a linear layer"
+    )
+    network.add_argument(
+        "--pretrained", help="file of its weights, or 'none'; torchvision's, fetched, if not given"
+    )
+    network.add_argument(
+        "--weights-dir", type=Path, default=runs.DOWNLOADS, help="folder for fetched weights"
+    )
+    network.add_argument(
+        "--image-size", type=runs.positive_int, default=224, help="pixels that the network sees"
+    )
+    network.add_argument(
+        "--batch-size", type=runs.positive_int, default=256,
+        help="real images in a batch, over all GPUs together",
+    )
+    network.add_argument(
+        "--amp", choices=["auto", "off", "bf16"], default="auto",
+        help="bf16 arithmetic; auto: where the hardware multiplies it",
+    )
+
+    data = parser.add_argument_group("data and tests")
+    data.add_argument("--data-dir", type=Path, help="ImageNet's folder, with train/ and val/")
+    data.add_argument(
+        "--workers", type=runs.non_negative_int, default=4, help="processes that decode, per GPU"
+    )
+    data.add_argument(
+        "--baseline", action="store_true", help="evaluate the pretrained classifier as well"
+    )
+    data.add_argument(
+        "--cue-conflict", type=Path, metavar="FOLDER", help="Cue-Conflict's 16 folders: shape bias"
+    )
+    data.add_argument(
+        "--imagenet9", type=Path, metavar="FOLDER", help="ImageNet-9's bg_challenge folder"
+    )
+    data.add_argument(
+        "--in9-normalization", choices=["imagenet", "in9"], default="imagenet",
+        help="of ImageNet-9's images: the network's own, or the other one of the published code",
+    )
+    data.add_argument(
+        "--ood", nargs="+", default=[], metavar="NAME=PATH",
+        help="folders by WNID, of all classes or some",
+    )
+    parser.set_defaults(epochs=45, lr=0.001)
+
+    args = parser.parse_args(argv)
+    check_common(parser, args, training)
+    if not args.counterfactual:
+        runs.refuse_flags(parser, mixing, args, "needs --counterfactual")
+    if args.in9_normalization == "in9" and not args.imagenet9:
+        parser.error("--in9-normalization: needs --imagenet9")
+    if not args.evaluate and not args.data_dir:
+        parser.error("training needs --data-dir, ImageNet's folder; or give --evaluate")
+    return args
+
+
+# ==================================================================================================
 # Command line
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    data = parser.add_argument_group("data")
-    data.add_argument("--dataset", required=True, choices=[*VARIANTS, "imagenet"], help="which digits to tell apart")
-    data.add_argument("--counterfactual", type=Path, nargs="+", metavar="FOLDER",
-                      help="folder that generate.py wrote; for ImageNet one or many, or patterns")
-    data.add_argument("--data-dir", type=Path, help="folder with MNIST's files (data/downloads if not given; fetched if "
-                      "missing), or ImageNet's folder, with train/ and val/")
-    data.add_argument("--offline", action="store_true", help="synthetic digits, or random networks: nothing is fetched")
-
-    steps = parser.add_argument_group("optimisation")
-    steps.add_argument("--weights", type=Path, help="start from these classifier weights")
-    steps.add_argument("--epochs", type=positive_int, default=10, help="passes over the training images")
-    steps.add_argument("--max-steps", type=positive_int, help="steps in each epoch at most, for a short trial")
-    steps.add_argument("--batch-size", type=positive_int, default=64, help="images per step")
-    steps.add_argument("--lr", type=non_negative_float, default=1.0,
-                       help="learning rate in the first epoch: of Adadelta, for ImageNet of SGD")
-    steps.add_argument("--amp", choices=["auto", "off", "bf16"], default="auto",
-                       help="bf16 arithmetic in training; tests are in float32; auto: where the hardware multiplies it")
-
-    digits = parser.add_argument_group("MNIST")
-    digits.add_argument("--train", choices=["original", "counterfactual", "both", "decorrelated"], default="original",
-                        help="images to train on: the biased data, generated ones, or both together; or what a perfect "
-                        "generator would make, the ceiling: training digits in colours and textures of any class")
-    digits.add_argument("--n", type=positive_int, default=100_000, help="counterfactuals to draw from "
-                        "data/pretrained/DATASET.pt if no --counterfactual is given")
-    digits.add_argument("--method", choices=["plain", "irm", "lnl"], default="plain", help="or what the paper compares "
-                        "with: invariant risk minimisation over environments of shaken colours, learning not to learn")
-    digits.add_argument("--environments", type=positive_int, default=2, help="of irm")
-    digits.add_argument("--penalty", type=non_negative_float, default=1.0, help="weight of what irm and lnl add")
-    digits.add_argument("--textures", help="wildlife: folder with object/ and background/, or 'dtd'; as in train_cgn.py")
-    digits.add_argument("--gamma", type=non_negative_float, default=0.7, help="factor of the learning rate per epoch")
-    digits.add_argument("--augment", type=non_negative_float, default=0.0, metavar="S",
-                        help="turn, shear, stretch and move training images at random; 1: by up to 14 degrees, 20 %%, and "
-                        "2.5 pixels")
-    digits.add_argument("--seeds", type=non_negative_int, nargs="+", default=[0], metavar="SEED",
-                        help="classifiers to train, one for each seed: initial weights and order of the images")
-
-    net = parser.add_argument_group("ImageNet")
-    net.add_argument("--arch", default="resnet50", help="a torchvision classifier that ends in a linear layer")
-    net.add_argument("--pretrained", help="file of its weights, or 'none'; torchvision's are fetched if not given")
-    net.add_argument("--weights-dir", type=Path, default=DOWNLOADS, help="folder for fetched weights")
-    net.add_argument("--heads", choices=["fresh", "pretrained"], default="fresh", help="where the three heads begin")
-    net.add_argument("--cf-ratio", type=non_negative_float, default=1.0, help="counterfactuals for each real image")
-    net.add_argument("--cf-test", type=positive_int, default=5000,
-                     help="first counterfactuals, to test the heads on; at most a tenth, and not trained on")
-    net.add_argument("--schedule", choices=["step", "cosine"], default="step", help="of the learning rate")
-    net.add_argument("--lr-step", type=positive_int, default=15, help="epochs to the next tenth of the learning rate")
-    net.add_argument("--warmup", type=non_negative_int, default=0, help="epochs of linear warm-up")
-    net.add_argument("--weight-decay", type=non_negative_float, default=1e-4, help="SGD's; its momentum is 0.9")
-    net.add_argument("--ema", type=fraction, default=0.0, help="decay of a moving average, evaluated and saved; 0: none")
-    net.add_argument("--image-size", type=positive_int, default=224, help="pixels that the network sees")
-    net.add_argument("--workers", type=non_negative_int, default=4, help="processes that decode, for each rank")
-    net.add_argument("--decode", choices=["workers", "device"], default="workers",
-                     help="where images are decoded and cropped; device: nvJPEG, for machines with few CPU cores")
-    net.add_argument("--compile", action="store_true", help="torch.compile the ensemble")
-    net.add_argument("--log-every", type=positive_int, default=100, help="steps between lines of the log")
-    net.add_argument("--save-every", type=positive_int, default=1000, help="steps between checkpoints within an epoch")
-    net.add_argument("--baseline", action="store_true", help="evaluate the pretrained classifier as well")
-    net.add_argument("--cue-conflict", type=Path, metavar="FOLDER", help="Cue-Conflict's 16 folders: shape bias")
-    net.add_argument("--imagenet9", type=Path, metavar="FOLDER", help="ImageNet-9's bg_challenge folder")
-    net.add_argument("--in9-normalization", choices=["imagenet", "in9"], default="imagenet",
-                     help="of ImageNet-9's images: the networks' own, or the other one of the published CGN code")
-    net.add_argument("--ood", nargs="+", default=[], metavar="NAME=PATH", help="folders by WNID, of all classes or some")
-
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", type=Path, required=True, help="run folder; new, empty, or continued with --resume")
-    run.add_argument("--resume", nargs="?", const="auto", choices=["auto"],
-                     help="go on where the run in --out was interrupted; begin if nothing was saved")
-    run.add_argument("--bad-steps", type=positive_int, default=20,
-                     help="steps in a row without finite losses or gradients, which are left out, before giving up")
-    run.add_argument("--evaluate", action="store_true", help="no training: test --weights")
-    run.add_argument("--explain", type=non_negative_int, default=0, metavar="N", help="Grad-CAM heat maps of N test images")
-    run.add_argument("--seed", type=non_negative_int, default=0, help="of the data: colours, crops and test images")
-    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one")
-    early = argparse.ArgumentParser(add_help=False, exit_on_error=False, allow_abbrev=False)
-    early.add_argument("--dataset", nargs="?")
-    imagenet = early.parse_known_args(argv)[0].dataset == "imagenet"
-    if imagenet:                                                           # the published settings
-        parser.set_defaults(epochs=45, batch_size=256, lr=0.001)
-    args = parser.parse_args(argv)
-    refuse_group(parser, digits if imagenet else net, args)
-    if args.environments > args.batch_size:
-        parser.error(f"--environments {args.environments}: a batch of {args.batch_size} cannot hold an image of each")
-    if args.evaluate and not args.weights:
-        parser.error("--evaluate needs --weights, a classifier's weights.pt")
-    return args
+    """The arguments of one run. --dataset chooses the flags and their defaults."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--dataset", required=True, choices=[*mnist.VARIANTS, "imagenet"],
+        help="chooses the other flags and their defaults: --dataset NAME --help shows them",
+    )
+    (dataset,) = runs.look_ahead(argv, "--dataset")
+    if dataset == "imagenet":
+        return parse_ensemble(parser, argv)
+    if dataset in mnist.VARIANTS:
+        return parse_digits(parser, argv, dataset)
+    return parser.parse_args(argv)
 
 
 def main():
     args = parse_args()
+    device = runs.join_ranks(runs.pick_device(args.device))
     if args.dataset == "imagenet":
-        return main_imagenet(args)
-    args.counterfactual, args.data_dir = (args.counterfactual or [None])[0], args.data_dir or DOWNLOADS
-    generated = args.train in ("counterfactual", "both")
-    if args.counterfactual and not generated:
-        raise UserError(f"--train {args.train} takes no --counterfactual")
-    device = pick_device(args.device)
-    args.bf16 = pick_bf16(args.amp, device)
-    out = claim_folder(args.out, __file__, args.resume)
-    if args.offline:
-        print("OFFLINE: synthetic digits and drawn textures. No number of this run is about MNIST.")
-    original, test = load_variant(args.dataset, args.data_dir, textures=args.textures, offline=args.offline,
-                                  seed=args.seed, device=device)
-    counterfactual = None
-    if generated:
-        counterfactual = (draw_counterfactuals(args, device) if not args.counterfactual else
-                          load_counterfactuals(args.counterfactual, args.dataset, args.offline, device))
-    tests = {"decorrelated": (test.all_images(args.seed, decorrelated=True), test.labels),
-             "correlated": (test.all_images(args.seed), test.labels),
-             "biased": (original.all_images(args.seed)[-5000:], original.labels[-5000:])}
-    describe_run(out, __file__, args)
-    results, stop = {}, StopSignal()
-    for seed in args.seeds:
-        numbers = train_classifier(args, seed, out / f"seed_{seed}", (original, counterfactual, test), tests, device, stop)
-        if numbers is None:
-            return
-        results[seed] = numbers
-    summarize(args, results, out)
+        classify_imagenet(args, device)
+    elif runs.rank_and_world_size()[1] > 1:
+        raise runs.UserError("several GPUs: only for --dataset imagenet; MNIST fits one")
+    else:
+        classify_digits(args, device)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    runs.run_main(main)

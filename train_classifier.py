@@ -385,7 +385,6 @@ def train_digits(args, seed, out, data, device, stop):
         shuffle = runs.seeded_generator(seed, "classifier order", epoch)
         order = torch.randperm(len(labels), generator=shuffle).to(device)
         optimizer.param_groups[0]["lr"] = args.lr * args.gamma**epoch
-        extra["sums"] = extra["sums"].to(device)
         first_step = epoch * steps_per_epoch
         classifier.train()
 
@@ -418,8 +417,8 @@ def train_digits(args, seed, out, data, device, stop):
 
             # Log, checkpoint, stop
             correct = (log_probabilities.detach().argmax(1) == y).sum()
-            count = correct.new_tensor(len(y))
-            seen = torch.stack([loss.detach() * len(y), correct.float(), count.float()])
+            loss = loss.detach()
+            seen = torch.stack([loss * len(y), correct.float(), torch.full_like(loss, len(y))])
             extra["sums"] = torch.where(skipped > 0, extra["sums"], extra["sums"] + seen)
             if training.end_step({"loss": loss}, skipped):
                 return None
@@ -431,15 +430,17 @@ def train_digits(args, seed, out, data, device, stop):
         training.log.write(training.step, epoch=epoch + 1, seed=seed, **metrics)
         words = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         print(f"seed {seed}  epoch {epoch + 1}/{args.epochs}  {words}", flush=True)
+        # An epoch that --max-steps cuts does not count as one: it may be resumed.
+        whole = training.step == first_step + steps_per_epoch
         # Chosen without a look at the test digits: that would be selecting on what is measured.
-        if metrics["biased"] > extra["best"]:
+        if metrics["biased"] > extra["best"] and (whole or extra["best"] < 0):
             runs.save_tensors(out / "weights_best.pt", classifier.state_dict())
         runs.save_tensors(out / "weights.pt", classifier.state_dict())
-        extra["best"] = max(extra["best"], metrics["biased"])
         extra["metrics"] = metrics
-        if training.step == first_step + steps_per_epoch:  # not where --max-steps cut the epoch
+        if whole:
             extra["epoch"] = epoch + 1
-            extra["sums"] = torch.zeros(3)
+            extra["sums"] = torch.zeros(3, device=device)
+            extra["best"] = max(extra["best"], metrics["biased"])
         training.save()
     return extra["metrics"] | measure_heat_maps(args, classifier, data, out)
 
@@ -879,18 +880,23 @@ def batch_order(count, steps, batch_size, seed, epoch):
     return batches[:, rank::world_size].flatten().tolist()
 
 
-def epoch_batches(args, data, batch_size, seed, epoch, steps, first_step, device):
-    """Batches (uint8 images, labels) of one kind of data (paths, labels) in an epoch.
-
-    Those before first_step are left out.
+def epoch_batches(args, real, counterfactual, epoch, steps, first, device):
+    """Yields the batches of an epoch's steps from step `first` on: a list with the real images, and
+    if there are any, their counterfactuals; each is (uint8 images, labels).
     """
     _, world_size = runs.rank_and_world_size()
-    paths, labels = data
     transform = imagenet.make_transform(True, args.image_size)
-    images = imagenet.Images(paths, labels, transform, seed, epoch)
-    order = batch_order(len(paths), steps, batch_size, seed, epoch)
-    order = order[first_step * batch_size // world_size :]
-    return imagenet.batches(images, order, batch_size // world_size, args.workers, device)
+    kinds = [(real, args.batch_size, args.seed)]
+    if counterfactual:
+        kinds.append((counterfactual, round(args.cf_ratio * args.batch_size), args.seed + 1))
+    loaders = []
+    for (paths, labels), batch_size, seed in kinds:
+        images = imagenet.Images(paths, labels, transform, seed, epoch)
+        order = batch_order(len(paths), steps, batch_size, seed, epoch)
+        share = batch_size // world_size
+        order = order[first * share :]
+        loaders.append(imagenet.batches(images, order, share, args.workers, device))
+    return zip(*loaders)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -904,16 +910,18 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
     """
     rank, world_size = runs.rank_and_world_size()
     bf16 = runs.pick_bf16(args.amp, device)
-    counterfactual_size = round(args.cf_ratio * args.batch_size) if counterfactual else 0
+    if not round(args.cf_ratio * args.batch_size):
+        counterfactual = None
     steps_per_epoch = len(real[0]) // args.batch_size
     steps_per_epoch = min(steps_per_epoch, args.epoch_steps or steps_per_epoch)
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    needed = counterfactual_size * steps_per_epoch
-    if rank == 0 and counterfactual and needed > len(counterfactual[0]):
-        print(
-            f"{len(counterfactual[0])} counterfactuals for {needed} in each epoch: they are drawn "
-            "more than once"
-        )
+    if counterfactual and rank == 0:
+        needed = round(args.cf_ratio * args.batch_size) * steps_per_epoch
+        there = len(counterfactual[0])
+        if needed > there:
+            print(
+                f"{there} counterfactuals for {needed} in each epoch: they are drawn more than once"
+            )
     optimizer = torch.optim.SGD(
         ensemble.parameters(), args.lr, momentum=0.9, weight_decay=args.weight_decay, fused=True
     )
@@ -939,30 +947,16 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
     for epoch in range(extra["epoch"], math.ceil(last_step / steps_per_epoch)):
         model.train()
         optimizer.param_groups[0]["lr"] = args.lr * 0.1 ** (epoch // args.lr_step)
-        extra["loss_sum"] = extra["loss_sum"].to(device)
         first_step = epoch * steps_per_epoch
         steps = min(steps_per_epoch, last_step - first_step)
         done = training.step - first_step
-        kinds = [epoch_batches(args, real, args.batch_size, args.seed, epoch, steps, done, device)]
-        if counterfactual_size:
-            kinds.append(
-                epoch_batches(
-                    args,
-                    counterfactual,
-                    counterfactual_size,
-                    args.seed + 1,
-                    epoch,
-                    steps,
-                    done,
-                    device,
-                )
-            )
-        for batch in zip(*kinds):
+        batches = epoch_batches(args, real, counterfactual, epoch, steps, done, device)
+        for batch in batches:
             # Data: both kinds of images in one forward pass.
             torch.manual_seed(runs.derived_seed(args.seed + 101 * rank, "step", training.step))
             pixels = torch.cat([pixels for pixels, _ in batch])
             labels = batch[0][1]
-            counterfactual_labels = batch[1][1] if counterfactual_size else None
+            counterfactual_labels = batch[1][1] if counterfactual else None
 
             # Ensemble
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -980,12 +974,13 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
                 return None
 
         # Test
-        training.step = first_step + steps  # fewer if a batch held nothing but damaged images
+        # Fewer were made if a batch held nothing but damaged images.
+        training.step = max(training.step, first_step + steps)
         training.save()  # evaluating takes time, and a kill may come
         rows = evaluate(ensemble, PREDICTIONS, tests, args, device)
         measured = {row[:3]: row[3] for row in rows}
         accuracy = measured.get(("val", "mean", "top-1"), 0.0)
-        mean_loss = runs.mean_over_ranks(extra["loss_sum"]).item() / steps
+        mean_loss = runs.mean_over_ranks(extra["loss_sum"].clone()).item() / steps
         if rank == 0:
             metrics = {" ".join(names): value for names, value in measured.items()}
             training.log.write(training.step, epoch=epoch + 1, epoch_loss=mean_loss, **metrics)
@@ -993,14 +988,16 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
                 f"epoch {epoch + 1}/{args.epochs}  loss {mean_loss:.4g}  val top-1 {accuracy:.2f}",
                 flush=True,
             )
-        better = accuracy > extra["best"]
-        extra["best"] = max(extra["best"], accuracy)
-        if steps == steps_per_epoch:  # not where --max-steps cut the epoch
+        # An epoch that --max-steps cuts does not count as one: it may be resumed.
+        whole = steps == steps_per_epoch
+        better = accuracy > extra["best"] and (whole or extra["best"] < 0)
+        if whole:
             extra["epoch"] = epoch + 1
-            extra["loss_sum"] = torch.zeros(())
-        training.save()
+            extra["loss_sum"] = torch.zeros((), device=device)
+            extra["best"] = max(extra["best"], accuracy)
         if better:
             training.save_weights("weights_best.pt")
+        training.save()
     if rows is None:  # resumed when all was done
         rows = evaluate(ensemble, PREDICTIONS, tests, args, device)
     return rows

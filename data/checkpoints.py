@@ -78,7 +78,10 @@ class Training:
         if content:
             restore(path, content, args, networks, optimizers)
         self.step = content.get("step", 0)
-        self.extra = {name: content.get(name, value) for name, value in (extra or {}).items()}
+        self.extra = {}
+        for name, value in (extra or {}).items():
+            value = content.get(name, value)
+            self.extra[name] = value.to(device) if isinstance(value, torch.Tensor) else value
 
         self.unchecked = []  # (step, losses, skipped) of the steps whose flags were not read yet
         # Losses of good steps since the last line of the log, by name.
@@ -99,7 +102,9 @@ class Training:
         """
         args = self.args
         self.step += 1
-        self.unchecked.append((self.step, losses, skipped))
+        # Detached, so that what waits here does not keep its graph.
+        kept = {k: v.detach() if torch.is_tensor(v) else v for k, v in losses.items()}
+        self.unchecked.append((self.step, kept, skipped))
         finished = self.step == self.last_step
         stopping = runs.any_across_ranks(self.stop, self.device)
         log_due = finished or self.step % args.log_every == 0
@@ -131,7 +136,8 @@ class Training:
                 continue
             self.streak = 0
             for name, value in losses.items():
-                self.totals.setdefault(name, []).append(torch.as_tensor(value).detach())
+                value = torch.as_tensor(value, device=self.device)
+                self.totals.setdefault(name, []).append(value)
         self.unchecked = []
 
     def tell_skipped(self, step, losses):

@@ -1,4 +1,5 @@
 """Helpers for all tests: scripts run as a user runs them, and a small MNIST in IDX files."""
+
 import gzip
 import multiprocessing
 import os
@@ -19,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SOAK = pytest.mark.soak
 sys.path.insert(0, str(ROOT))
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"                   # the Triton kernels run as Python; to be set before import
+    # The Triton kernels run as Python; to be set before they are imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from data.synthetic import synthetic_digits  # noqa: E402  (needs the path above)
 
@@ -43,13 +45,21 @@ repair_interpreter()
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "soak: long forms of the reliability tests; run with -m soak")
+    config.addinivalue_line(
+        "markers", "soak: long forms of the reliability tests; run with -m soak"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
-    if "soak" not in config.getoption("-m"):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("soak")])
-        items[:] = [item for item in items if not item.get_closest_marker("soak")]
+    if "soak" in config.getoption("-m"):
+        return
+    long = [item for item in items if item.get_closest_marker("soak")]
+    config.hook.pytest_deselected(items=long)
+    items[:] = [item for item in items if item not in long]
+
+
+# --------------------------------------------------------------------------------------------------
+# Comparing
 
 
 def same(a, b):
@@ -65,23 +75,46 @@ def load(path):
     return torch.load(path, weights_only=True)
 
 
+def contents(folder):
+    """File name -> tensors, lines or bytes of all that a run wrote.
+
+    Without what names the folder or the moment.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        unlike = ("args.json", ".lock", "checkpoint_before.pt")
+        if path.is_dir() or path.name in unlike or path.suffix == ".py":
+            continue
+        name = str(path.relative_to(folder))
+        found[name] = load(path) if path.suffix == ".pt" else path.read_bytes()
+        if isinstance(found[name], dict):
+            found[name].pop("args", None)
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Development data, named by environment variables
+
+
 def folder_from(variable):
     """The folder that an environment variable names, or None."""
     return Path(os.environ[variable]) if os.environ.get(variable) else None
 
 
 def fixture_files(pattern):
-    """Fixture files as test parameters; one skipped parameter, which says why, if there are none."""
+    """Fixture files as test parameters; one skipped parameter that says why if there are none."""
     folder = folder_from("CGN_FIXTURES")
     files = sorted(folder.glob(pattern)) if folder else []
     if not files:
-        reason = f"no {pattern} in CGN_FIXTURES={folder}" if folder else f"CGN_FIXTURES names no folder with {pattern}"
+        reason = f"CGN_FIXTURES names no folder with {pattern}"
         return [pytest.param(None, marks=pytest.mark.skip(reason=reason))]
     return [pytest.param(file, id=file.name) for file in files]
 
 
-# Scripts run in processes forked from one that has imported torch and nothing else: importing it takes most of the time
-# of a small run.
+# --------------------------------------------------------------------------------------------------
+# Running scripts. Their processes are forked from one that has imported torch and nothing else:
+# importing it takes most of the time of a small run.
+
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["torch", "torchvision", "torch.distributed", "kernels"])
 
@@ -90,7 +123,7 @@ def as_main(command, output, bytes_per_file):
     """In a process of its own: what `python script.py --flags` does, with its output in files."""
     for number, path in enumerate(output, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    if bytes_per_file:                                     # what stands in for a full disk
+    if bytes_per_file:  # what stands in for a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, bytes_per_file))
     sys.argv = command
     runpy.run_path(command[0], run_name="__main__")
@@ -98,39 +131,34 @@ def as_main(command, output, bytes_per_file):
 
 def start(script, *flags, output=("/dev/null", "/dev/null"), bytes_per_file=None):
     """A process that runs a script of the repository."""
-    process = processes.Process(target=as_main, args=([str(ROOT / script), *map(str, flags)], output, bytes_per_file))
+    command = [str(ROOT / script), *map(str, flags)]
+    process = processes.Process(target=as_main, args=(command, output, bytes_per_file))
     process.start()
     return process
 
 
 def run(script, *flags, expect=0, bytes_per_file=None):
-    """Run a script of the repository in a process of its own. Its output is returned, and shows on failure."""
+    """Run a script of the repository in a process of its own. Returns its output, which shows on
+    failure.
+    """
     with tempfile.TemporaryDirectory() as folder:
         output = [Path(folder, name) for name in ("stdout", "stderr")]
         process = start(script, *flags, output=output, bytes_per_file=bytes_per_file)
         process.join(300)
-        process.kill()                                     # if it is still there
+        process.kill()  # if it is still there
         stdout, stderr = (path.read_text() if path.exists() else "" for path in output)
-    assert process.exitcode == expect, f"{process.exitcode}: {script} {flags}\n{stdout[-2000:]}\n{stderr[-3000:]}"
+    shown = f"{process.exitcode}: {script} {flags}\n{stdout[-2000:]}\n{stderr[-3000:]}"
+    assert process.exitcode == expect, shown
     return types.SimpleNamespace(stdout=stdout, stderr=stderr)
 
 
-def contents(folder):
-    """File name -> tensors, lines or bytes of all that a run wrote; without what names the folder or the moment."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        name = str(path.relative_to(folder))
-        if path.is_dir() or path.name in ("args.json", ".lock", "checkpoint_before.pt") or path.suffix == ".py":
-            continue
-        found[name] = load(path) if path.suffix == ".pt" else path.read_bytes()
-        if isinstance(found[name], dict):
-            found[name].pop("args", None)
-    return found
-
-
 def kill_and_finish(script, flags, out, kills, seconds):
-    """Start, kill -9 at a random moment and start again, `kills` times; then run to the end. Returns how many hit."""
-    moments, hits = random.Random(kills), 0
+    """Start, kill -9 at a random moment and start again, `kills` times; then run to the end.
+
+    Returns how many kills hit a running process.
+    """
+    moments = random.Random(kills)
+    hits = 0
     for _ in range(kills):
         process = start(script, *flags, "--resume", "auto", "--out", out)
         process.join(moments.uniform(0.3, 0.3 + 2 * seconds / kills))
@@ -143,33 +171,42 @@ def kill_and_finish(script, flags, out, kills, seconds):
 
 
 def check_kills(script, flags, tmp_path, kills):
+    """A run that was killed again and again writes the same as one that was not."""
     begun = time.time()
     run(script, *flags, "--out", tmp_path / "whole")
     hits = kill_and_finish(script, flags, tmp_path / "killed", kills, time.time() - begun)
-    whole, killed = (contents(tmp_path / name) for name in ("whole", "killed"))
+    whole = contents(tmp_path / "whole")
+    killed = contents(tmp_path / "killed")
     assert hits and whole.keys() == killed.keys()
     assert [name for name in whole if not same(whole[name], killed[name])] == []
 
 
 def torchrun(ranks, script, *flags):
     """Run a script on several ranks of this CPU."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", "29541",
-               "--", str(ROOT / script), *map(str, flags)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    command += ["--master-port", "29541", "--", str(ROOT / script), *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done
 
 
-SMALL_IMAGENET = ["--dataset", "imagenet", "--preset", "small", "--offline", "--device", "cpu", "--amp", "off",
-                  "--batch-size", 2, "--style-weights", 1, 0, 0, 0, "--texture-weights", 1, 0, 0, 0]
+# --------------------------------------------------------------------------------------------------
+# Small runs
+
+
+SMALL_IMAGENET = (
+    "--dataset imagenet --preset small --offline --device cpu --amp off --batch-size 2"
+    " --style-weights 1 0 0 0 --texture-weights 1 0 0 0"
+).split()
 
 
 @pytest.fixture(scope="session")
 def small_cgn(tmp_path_factory):
     """The run folder of an ImageNet CGN of the small preset, after three steps."""
     out = tmp_path_factory.mktemp("imagenet") / "run"
-    run("train_cgn.py", *SMALL_IMAGENET, "--accumulate", 2, "--steps", 3, "--log-every", 1, "--save-every", 2, "--out", out)
+    flags = "--accumulate 2 --max-steps 3 --log-every 1 --save-every 2".split()
+    run("train_cgn.py", *SMALL_IMAGENET, *flags, "--out", out)
     return out
 
 
@@ -184,16 +221,32 @@ def write_idx(path, values):
 def digits_dir(tmp_path_factory):
     """A folder like MNIST's: 600 digits to train, 200 to test, gzipped under MNIST/raw."""
     folder = tmp_path_factory.mktemp("mnist")
-    (folder / "MNIST" / "raw").mkdir(parents=True)
+    raw = folder / "MNIST" / "raw"
+    raw.mkdir(parents=True)
     for part, count, seed in (("train", 600, 1), ("t10k", 200, 2)):
         images, labels = synthetic_digits(count, seed=seed)
-        write_idx(folder / "MNIST" / "raw" / f"{part}-images-idx3-ubyte.gz", images)
-        write_idx(folder / "MNIST" / "raw" / f"{part}-labels-idx1-ubyte.gz", labels.to(torch.uint8))
+        write_idx(raw / f"{part}-images-idx3-ubyte.gz", images)
+        write_idx(raw / f"{part}-labels-idx1-ubyte.gz", labels.to(torch.uint8))
     return folder
 
 
 @pytest.fixture(scope="session")
 def tiny(digits_dir):
     """Flags of a training that takes a second: few digits, no VGG."""
-    return ["--data-dir", digits_dir, "--style-weights", 0, 0, 0, 0, "--device", "cpu", "--ndf", 16, "--max-steps", 6, "--decay", 0,
-            "--warmup", 2, "--log-every", 2, "--sample-every", 0, "--save-every", 3]
+    flags = (
+        "--style-weights 0 0 0 0 --device cpu --ndf 16 --max-steps 6 --decay 0 --warmup 2"
+        " --log-every 2 --sample-every 0 --save-every 3"
+    )
+    return ["--data-dir", str(digits_dir), *flags.split()]
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """An untrained MNIST generator's weights.pt."""
+    import train_cgn
+
+    path = tmp_path_factory.mktemp("untrained") / "weights.pt"
+    state = train_cgn.MnistCGN().state_dict()
+    args = {"dataset": "colored_mnist", "offline": False}
+    torch.save({"generator": state, "average": state, "step": 0, "args": args}, path)
+    return path

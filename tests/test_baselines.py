@@ -1,91 +1,282 @@
-"""What the digit classifiers are compared with: penalties against numbers by hand, and what they do to a shortcut."""
+"""Digit classifiers: their network, the methods that the paper compares with, what they train on,
+and how they resume.
+"""
+
 import copy
 import json
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import contents, load, run, same
+from torch.testing import assert_close
 
-from conftest import load, run, same
-from data.baselines import ColourHead, ReverseGradient, invariance_penalty, shaken_colours
-from train_classifier import MnistClassifier
+import train_classifier
 
-
-def test_environments_shake_colours_more_and_more():
-    x = torch.full((4000, 3, 2, 2), 0.0)
-    shaken, environment = shaken_colours(x, 4, torch.Generator().manual_seed(0))
-    assert environment.tolist() == [0, 1, 2, 3] * 1000 and shaken.abs().max() <= 1
-    spread = [shaken[environment == e].std().item() for e in range(4)]
-    assert spread[0] == 0 and spread == sorted(spread) and torch.equal(shaken[environment == 0], x[:1000])
-    assert (shaken.amax((2, 3)) == shaken.amin((2, 3))).all()                    # one colour stays one colour
-
-
-def test_invariance_penalty_is_the_derivative_by_a_factor_of_the_logits():
-    torch.manual_seed(0)
-    logits, y = torch.randn(12, 10, dtype=torch.float64, requires_grad=True), torch.randint(10, (12,))
-    environment, want = torch.arange(12) % 3, 0
-    for e in range(3):
-        factor, mine = torch.ones((), dtype=torch.float64, requires_grad=True), environment == e
-        risk = torch.nn.functional.cross_entropy(factor * logits[mine], y[mine])
-        want = want + torch.autograd.grad(risk, factor, create_graph=True)[0] ** 2 / 3
-    got = invariance_penalty(logits.log_softmax(1), y, environment, 3)
-    torch.testing.assert_close(got, want)
-    torch.testing.assert_close(torch.autograd.grad(got, logits), torch.autograd.grad(want, logits))
-
-
-def test_learning_not_to_learn_trains_the_head_and_misleads_the_features():
-    torch.manual_seed(0)
-    head, features, x = ColourHead(4).double(), torch.randn(16, 4, 8, 8, dtype=torch.float64, requires_grad=True), torch.rand(16, 3, 8, 8)
-    ranks = torch.tensor([[sum(other < mine for other in column) for mine in column] for column in x.mean((2, 3)).t().tolist()])
-    logits, parameters = head.layers(features), list(head.parameters())
-    truth = torch.nn.functional.cross_entropy(logits, ranks.t() // 2)            # 16 ranks in 8 bins
-    negative_entropy = (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
-    loss = head.loss(features, x, 0.5)
-    torch.testing.assert_close(loss, truth + 0.05 * negative_entropy)
-    torch.testing.assert_close(torch.autograd.grad(loss, parameters, retain_graph=True),
-                               torch.autograd.grad(truth, parameters, retain_graph=True))
-    torch.testing.assert_close(torch.autograd.grad(loss, features)[0],
-                               torch.autograd.grad(-0.5 * truth + 0.05 * negative_entropy, features)[0])
-
-
-def test_the_gradient_is_reversed():
-    x = torch.ones(3, requires_grad=True)
-    ReverseGradient.apply(x, 0.5).sum().backward()
-    assert x.grad.tolist() == [-0.5] * 3
+# --------------------------------------------------------------------------------------------------
+# The network and the two methods
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_classifier_is_its_layers_one_after_the_other(training):
-    """The BatchNorm within the first convolution changes nothing: answers, gradients, running statistics."""
+    """The BatchNorm within the first convolution changes nothing: predictions, gradients, running
+    statistics.
+    """
     torch.manual_seed(0)
-    fused = MnistClassifier().double().train(training)
-    for p in fused.model[0].parameters():
-        torch.nn.init.uniform_(p, 0.5, 2)
-    layers, x = copy.deepcopy(fused), torch.randn(8, 3, 32, 32, dtype=torch.float64)
-    answers = fused(x), layers.answer(layers.model[:-1](x))
-    torch.testing.assert_close(*answers)
-    for answer in answers:
-        answer[:, 0].sum().backward()
+    fused = train_classifier.MnistClassifier().double().train(training)
+    for parameter in fused.model[0].parameters():
+        torch.nn.init.uniform_(parameter, 0.5, 2)
+    layers = copy.deepcopy(fused)
+    x = torch.randn(8, 3, 32, 32, dtype=torch.float64)
+
+    predictions = fused(x)
+    expected = layers.log_probabilities(layers.model[:-1](x))
+    assert_close(predictions, expected)
+    predictions[:, 0].sum().backward()
+    expected[:, 0].sum().backward()
     for a, b in zip(fused.parameters(), layers.parameters()):
-        torch.testing.assert_close(a.grad, b.grad)
-    for name in ("running_mean", "running_var"):
-        torch.testing.assert_close(getattr(fused.model[0], name), getattr(layers.model[0], name))
+        assert_close(a.grad, b.grad)
+    assert_close(fused.model[0].running_mean, layers.model[0].running_mean)
+    assert_close(fused.model[0].running_var, layers.model[0].running_var)
 
 
-@pytest.mark.parametrize("flags", [["--method", "irm", "--environments", 5], ["--method", "lnl"]], ids=str)
-def test_baselines_train_and_resume(digits_dir, tmp_path, flags):
-    common = ["--dataset", "colored_mnist", "--data-dir", digits_dir, "--device", "cpu", *flags]
-    run("train_classifier.py", *common, "--epochs", 2, "--out", tmp_path / "whole")
-    run("train_classifier.py", *common, "--epochs", 1, "--out", tmp_path / "halves")
-    run("train_classifier.py", *common, "--epochs", 2, "--resume", "--out", tmp_path / "halves")
-    whole, halves = (load(tmp_path / name / "seed_0" / "checkpoint.pt") for name in ("whole", "halves"))
-    assert same(whole["classifier"], halves["classifier"]) and same(whole["colour_head"], halves["colour_head"])
+def test_environments_mix_colors_more_and_more():
+    x = torch.full((4000, 3, 2, 2), 0.0)
+    generator = torch.Generator().manual_seed(0)
+    mixed, environment = train_classifier.mix_colors(x, 4, generator)
+    assert environment.tolist() == [0, 1, 2, 3] * 1000
+    assert mixed.abs().max() <= 1
+    spread = [mixed[environment == e].std().item() for e in range(4)]
+    assert spread[0] == 0
+    assert spread == sorted(spread)
+    assert torch.equal(mixed[environment == 0], x[:1000])
+    # One color stays one color.
+    assert torch.equal(mixed.amax((2, 3)), mixed.amin((2, 3)))
 
 
-@pytest.mark.parametrize("flags, better", [(["--train", "decorrelated"], True), (["--train", "both", "--n", 700], None)], ids=str)
-def test_other_training_sets(digits_dir, tmp_path, flags, better):
-    run("train_classifier.py", "--dataset", "colored_mnist", "--data-dir", digits_dir, "--device", "cpu", *flags, "--epochs", 4,
-        "--out", tmp_path / "run")
-    summary = json.loads((tmp_path / "run" / "results.json").read_text())["summary"]
-    assert summary["decorrelated"]["mean"] > 10 and summary["biased"]["mean"] > 10
-    if better:                                             # colours that say nothing: the tests do not differ much
-        assert abs(summary["decorrelated"]["mean"] - summary["correlated"]["mean"]) < 15
+def test_invariance_penalty_is_the_derivative_by_a_factor_of_the_logits():
+    torch.manual_seed(0)
+    logits = torch.randn(12, 10, dtype=torch.float64, requires_grad=True)
+    y = torch.randint(10, (12,))
+    environment = torch.arange(12) % 3
+
+    expected = 0
+    for e in range(3):
+        factor = torch.ones((), dtype=torch.float64, requires_grad=True)
+        members = environment == e
+        risk = F.cross_entropy(factor * logits[members], y[members])
+        (derivative,) = torch.autograd.grad(risk, factor, create_graph=True)
+        expected = expected + derivative**2 / 3
+    penalty = train_classifier.invariance_penalty(logits.log_softmax(1), y, environment, 3)
+    assert_close(penalty, expected)
+    assert_close(torch.autograd.grad(penalty, logits), torch.autograd.grad(expected, logits))
+
+
+def test_learning_not_to_learn_trains_the_head_and_misleads_the_features():
+    torch.manual_seed(0)
+    head = train_classifier.ColorHead(4).double()
+    features = torch.randn(16, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    x = torch.rand(16, 3, 8, 8)
+    ranks = []
+    for column in x.mean((2, 3)).t().tolist():
+        ranks.append([sum(other < own for other in column) for own in column])
+    colors = torch.tensor(ranks).t() // 2  # 16 ranks in 8 bins
+
+    logits = head.layers(features)
+    truth = F.cross_entropy(logits, colors)
+    negative_entropy = (logits.softmax(1) * logits.log_softmax(1)).sum(1).mean()
+    loss = head.loss(features, x, 0.5)
+    assert_close(loss, truth + 0.05 * negative_entropy)
+
+    parameters = list(head.parameters())
+    of_head = torch.autograd.grad(loss, parameters, retain_graph=True)
+    assert_close(of_head, torch.autograd.grad(truth, parameters, retain_graph=True))
+    reversed_loss = -0.5 * truth + 0.05 * negative_entropy
+    (of_features,) = torch.autograd.grad(loss, features)
+    assert_close(of_features, torch.autograd.grad(reversed_loss, features)[0])
+
+
+def test_the_gradient_is_reversed():
+    x = torch.ones(3, requires_grad=True)
+    train_classifier.ReverseGradient.apply(x, 0.5).sum().backward()
+    assert x.grad.tolist() == [-0.5] * 3
+
+
+# --------------------------------------------------------------------------------------------------
+# What they train on
+
+
+@pytest.fixture(scope="module")
+def colored(digits_dir):
+    """Flags of a classifier of colored digits, 600 of them to train on."""
+    return f"--dataset colored_mnist --data-dir {digits_dir} --device cpu".split()
+
+
+@pytest.fixture(scope="module")
+def counterfactuals(tmp_path_factory):
+    """Two data sets of the bundled generator: folders with 700 and 300 images."""
+    folder = tmp_path_factory.mktemp("counterfactuals")
+    for n, seed in ((700, 0), (300, 1)):
+        flags = ["--n", n, "--seed", seed, "--device", "cpu"]
+        run("generate.py", *flags, "--out", folder / str(n))
+    return folder / "700", folder / "300"
+
+
+def test_other_training_sets(colored, counterfactuals, tmp_path):
+    generated = ["both", "--counterfactual", counterfactuals[0]]
+    for train in (["decorrelated"], generated):
+        out = tmp_path / train[0]
+        run("train_classifier.py", *colored, "--train", *train, "--epochs", 4, "--out", out)
+        content = json.loads((out / "results.json").read_text())
+        summary = content["summary"]
+        decorrelated = summary["decorrelated"]["mean"]
+        assert decorrelated > 10
+        assert summary["biased"]["mean"] > 10
+        if train == ["decorrelated"]:
+            # The colors say nothing: the two test sets do not differ much.
+            assert abs(decorrelated - summary["correlated"]["mean"]) < 15
+
+
+def test_several_counterfactual_sets_are_used_together(colored, counterfactuals, tmp_path):
+    content = [load(folder / "chunk_00000.pt") for folder in counterfactuals]
+    images = torch.cat([part["images"] for part in content])
+    labels = torch.cat([part["labels"] for part in content])
+    shapes = labels[:, 0].long()
+    flags = [*colored, "--counterfactual", *counterfactuals, "--out", tmp_path / "run"]
+    for train, count in (("counterfactual", 1000), ("both", 1600)):
+        argv = [str(flag) for flag in (*flags, "--train", train)]
+        args = train_classifier.parse_args(argv)
+        data = train_classifier.load_digit_data(args, torch.device("cpu"))
+        found, y = train_classifier.training_images(args, data, 0)
+        assert len(found) == len(y) == count
+        assert train_classifier.count_training_images(args, data) == count
+        assert torch.equal(found[-1000:], images)
+        assert torch.equal(y[-1000:], shapes)
+
+    run("train_classifier.py", *flags, "--train", "both", "--epochs", 1)
+    (line,) = epoch_lines(tmp_path / "run")
+    assert line["step"] == 1600 / 64
+
+
+# --------------------------------------------------------------------------------------------------
+# Resuming. An epoch of the 600 digits has ten steps.
+
+
+def epoch_lines(out):
+    """The lines of a run's first log that end an epoch."""
+    lines = (out / "seed_0" / "log.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in lines]
+    return [line for line in lines if "epoch" in line]
+
+
+@pytest.fixture(scope="module")
+def whole(colored, tmp_path_factory):
+    """A run folder after three epochs."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    run("train_classifier.py", *colored, "--epochs", 3, "--log-every", 1, "--out", out)
+    return out
+
+
+def check_same(whole, found):
+    """The folders of two runs hold the same."""
+    whole = contents(whole)
+    found = contents(found)
+    assert whole.keys() == found.keys()
+    for name in whole:
+        assert same(whole[name], found[name]), name
+
+
+def test_a_run_that_was_cut_ends_like_a_whole_one(colored, whole, tmp_path):
+    """Cut in the middle of the second epoch, and after it."""
+    out = tmp_path / "run"
+    flags = ["train_classifier.py", *colored, "--log-every", 1, "--out", out]
+    run(*flags, "--max-steps", 14)
+    checkpoint = load(out / "seed_0" / "checkpoint.pt")
+    parts = {"classifier", "color_head", "optimizers", "args", "step", "window"}
+    assert checkpoint.keys() == parts | {"epoch", "sums", "best", "metrics"}
+    assert checkpoint["step"] == 14
+    assert checkpoint["epoch"] == 1
+    first, cut = epoch_lines(out)
+    assert first["step"] == 10
+    assert cut["step"] == 14
+    assert checkpoint["best"] == first["biased"]  # the cut epoch does not count
+
+    run(*flags, "--epochs", 2, "--resume")
+    checkpoint = load(out / "seed_0" / "checkpoint.pt")
+    assert checkpoint["step"] == 20
+    assert checkpoint["epoch"] == 2
+    run(*flags, "--epochs", 3, "--resume")
+    steps = [line["step"] for line in epoch_lines(out)]
+    assert steps == [10, 20, 30]
+    check_same(whole, out)
+
+
+@pytest.mark.parametrize("method", ["irm --environments 5", "lnl"])
+def test_the_methods_resume_with_several_seeds(colored, tmp_path, method):
+    flags = f"--method {method} --log-every 1 --seeds 0 3".split()
+    flags = [*colored, *flags]
+    run("train_classifier.py", *flags, "--epochs", 2, "--out", tmp_path / "whole")
+    run("train_classifier.py", *flags, "--max-steps", 14, "--out", tmp_path / "cut")
+    run("train_classifier.py", *flags, "--epochs", 2, "--resume", "--out", tmp_path / "cut")
+    check_same(tmp_path / "whole", tmp_path / "cut")
+
+
+def write_old_checkpoint(path, steps_per_epoch):
+    """Replace a checkpoint by what an earlier version would have written. Returns both contents."""
+    new = load(path)
+    args = dict(new["args"])
+    args["max_steps"] = args["epoch_steps"]  # the name meant the steps of an epoch
+    for name in ("epoch_steps", "log_every", "save_every"):
+        del args[name]
+    finished = new["step"] - new["epoch"] * steps_per_epoch
+    old = {
+        "classifier": new["classifier"],
+        "colour_head": new["color_head"],
+        "optimizer": new["optimizers"][0],
+        "args": args,
+        "epoch": new["epoch"],
+        "position": finished * 64,  # images of the epoch that were seen
+        "sums": new["sums"][:2],
+        "best": new["best"],
+        "numbers": new["metrics"],
+    }
+    torch.save(old, path)
+    return new, old
+
+
+def check_old_checkpoint(flags, whole, out, step, steps_per_epoch):
+    """A run that is cut at a step, with a checkpoint of an earlier version, ends like a whole one.
+
+    Returns the contents of that checkpoint.
+    """
+    run(*flags, "--max-steps", step, "--out", out)
+    path = out / "seed_0" / "checkpoint.pt"
+    new, old = write_old_checkpoint(path, steps_per_epoch)
+    upgraded = train_classifier.upgrade_checkpoint(copy.deepcopy(old), steps_per_epoch)
+    assert upgraded.keys() == new.keys() - {"window"}
+    assert upgraded["step"] == new["step"] == step
+    assert upgraded["args"]["epoch_steps"] == new["args"]["epoch_steps"]
+    assert torch.equal(upgraded["sums"], new["sums"])
+    assert train_classifier.upgrade_checkpoint(new, steps_per_epoch) is new
+
+    run(*flags, "--resume", "--out", out)
+    content = load(path)
+    expected = load(whole / "seed_0" / "checkpoint.pt")
+    for name in ("classifier", "color_head", "optimizers", "step", "epoch", "metrics"):
+        assert same(content[name], expected[name]), name
+    assert epoch_lines(out)[-1] == epoch_lines(whole)[-1]
+    return old
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes(colored, whole, tmp_path):
+    flags = ["train_classifier.py", *colored, "--epochs", 3]
+    old = check_old_checkpoint(flags, whole, tmp_path / "run", 10, 10)
+    # Stopped after the last step of the second epoch, which holds 24 images, before the test.
+    old |= {"epoch": 1, "position": 600}
+    assert train_classifier.upgrade_checkpoint(old, 10)["step"] == 20
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_within_an_epoch(colored, tmp_path):
+    flags = ["train_classifier.py", *colored, "--epochs", 3, "--epoch-steps", 7]
+    run(*flags, "--out", tmp_path / "whole")
+    check_old_checkpoint(flags, tmp_path / "whole", tmp_path / "run", 17, 7)

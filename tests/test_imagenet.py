@@ -1,387 +1,580 @@
-"""ImageNet networks against known numbers and the published names, folding, training, generation, and several ranks."""
+"""ImageNet's CGN: networks against known numbers and the published names, training, generation,
+several ranks.
+"""
+
 import copy
 import csv
+import json
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import (
+    ROOT,
+    SMALL_IMAGENET,
+    fixture_files,
+    folder_from,
+    load,
+    run,
+    same,
+    start,
+    torchrun,
+)
+from PIL import Image
 
 import generate
-from conftest import ROOT, SMALL_IMAGENET, fixture_files, folder_from, run, torchrun
-from data.scenes import draw_scenes
-from data.runs import UserError, load_tensors, run_main
-from generate import class_number, draw_image
-from data.frozen import U2Net, fold, random_networks
-from kernels.layers import DivideBySigma, power_iteration, spectral
-from train_cgn import (SMALL, STAND_INS, BigGAN, ImageNetCGN, load_imagenet_generator, parse_args,
-                       prepare_imagenet, truncated_normal)
+import train_cgn
+from data import imagenet, runs
+from data.pretrained.scenes import draw_scenes
+from data.weights import U2Net
+from kernels import layers
+from train_cgn import SMALL, BigGAN, ImageNetCGN, fold, truncated_normal
 
 
 def close(actual, expected, relative=1e-4):
+    """Within `relative` of the largest value."""
     assert (actual - expected).abs().max() <= relative * expected.abs().max()
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks
 
 
 @pytest.mark.parametrize("file", fixture_files("biggan_*.pt"))
 def test_biggan_reproduces_published_outputs_also_folded(file):
-    content = torch.load(file, weights_only=True)
+    content = load(file)
+    z = content["z"]
+    y = content["y"]
     biggan = BigGAN(**content["config"]).eval()
     biggan.load_state_dict(content["state_dict"])
     for truncation, images in content["outputs"].items():
         folded = fold(copy.deepcopy(biggan), truncation)
         with torch.no_grad():
-            close(biggan(content["z"], content["y"], truncation), images)
-            close(folded(content["z"], content["y"], truncation), images)
-            close(biggan(content["z"], biggan.class_vectors(content["y"]), truncation), images)
-    assert not any("weight_orig" in name or "running" in name for name in folded.state_dict())
+            close(biggan(z, y, truncation), images)
+            close(folded(z, y, truncation), images)
+            close(biggan(z, biggan.class_vectors(y), truncation), images)
+    names = folded.state_dict()
+    assert not any("weight_orig" in name or "running" in name for name in names)
+
+
+@pytest.fixture(scope="module")
+def published_u2net():
+    """The small U^2-Net with its published weights, in eval mode."""
+    folder = folder_from("CGN_WEIGHTS")
+    if folder is None or not (folder / "u2netp.pth").is_file():
+        pytest.skip(f"no u2netp.pth in CGN_WEIGHTS={folder}")
+    u2net = U2Net(small=True).eval()
+    u2net.load_state_dict(load(folder / "u2netp.pth"))
+    return u2net
 
 
 @pytest.mark.parametrize("file", fixture_files("u2netp*.pt"))
-def test_u2net_reproduces_published_masks_also_folded(file):
-    weights = folder_from("CGN_WEIGHTS")
-    if weights is None or not (weights / "u2netp.pth").is_file():
-        pytest.skip(f"no u2netp.pth in CGN_WEIGHTS={weights}")
-    content = torch.load(file, weights_only=True)
-    u2net = U2Net(small=True).eval()
-    u2net.load_state_dict(torch.load(weights / "u2netp.pth", weights_only=True))
+def test_u2net_reproduces_published_masks_also_folded(published_u2net, file):
+    content = load(file)
+    folded = fold(copy.deepcopy(published_u2net))
     with torch.no_grad():
-        close(u2net(content["x"]), content["mask"])
-        close(fold(copy.deepcopy(u2net))(content["x"]), content["mask"])
+        close(published_u2net(content["x"]), content["mask"])
+        close(folded(content["x"]), content["mask"])
 
 
-def scenes(count, size=64):
+def test_published_saliency_finds_drawn_objects_also_in_bf16(published_u2net):
     generator = torch.Generator().manual_seed(3)
-    return draw_scenes(truncated_normal((count, 32), generator), torch.randn(count, 32, generator=generator), size)
-
-
-def test_published_saliency_finds_drawn_objects_also_in_bf16():
-    weights = folder_from("CGN_WEIGHTS")
-    if weights is None or not (weights / "u2netp.pth").is_file():
-        pytest.skip(f"no u2netp.pth in CGN_WEIGHTS={weights}")
-    u2net = U2Net(small=True).eval()
-    u2net.load_state_dict(torch.load(weights / "u2netp.pth", weights_only=True))
-    image, _, truth = scenes(6, 256)
+    z = truncated_normal((6, 32), generator)
+    image, _, truth = draw_scenes(z, torch.randn(6, 32, generator=generator), 256)
+    folded = fold(copy.deepcopy(published_u2net))
     with torch.no_grad():
-        mask = fold(u2net)(image)
-        coarse = u2net.bfloat16()(image.bfloat16())
-    assert (mask - truth).abs().mean() < 0.02 and (coarse - mask).abs().mean() < 0.01
+        mask = folded(image)
+        coarse = folded.bfloat16()(image.bfloat16())
+    assert (mask - truth).abs().mean() < 0.02
+    assert (coarse - mask).abs().mean() < 0.01
 
 
-def test_stand_ins_show_objects_and_find_them():
-    states, biggan, u2net = load_tensors(STAND_INS), BigGAN(**SMALL).eval(), U2Net(True).eval()
+def test_bundled_small_networks_show_objects_and_find_them():
+    states = runs.load_tensors(train_cgn.SMALL_WEIGHTS)
+    biggan = BigGAN(**SMALL).eval()
+    u2net = U2Net(small=True).eval()
     biggan.load_state_dict(states["biggan"])
     u2net.load_state_dict(states["u2net"])
-    z, y = truncated_normal((16, 32), torch.Generator().manual_seed(5)), torch.arange(16) * 60
+    z = truncated_normal((16, 32), torch.Generator().manual_seed(5))
+    y = torch.arange(16) * 60
     with torch.no_grad():
-        image, (scene, background, truth) = biggan(z, y, 1.0), draw_scenes(z, biggan.class_vectors(y))
-        mask, empty = u2net(image), u2net(background)
+        image = biggan(z, y, 1.0)
+        scene, background, truth = draw_scenes(z, biggan.class_vectors(y))
+        mask = u2net(image)
+        empty = u2net(background)
     assert (image - scene).abs().mean() < 0.3 * scene.std()
-    assert ((mask > 0.5) & (truth > 0.5)).sum() > 0.6 * ((mask > 0.5) | (truth > 0.5)).sum()
+    intersection = (mask > 0.5) & (truth > 0.5)
+    union = (mask > 0.5) | (truth > 0.5)
+    assert intersection.sum() > 0.6 * union.sum()
     assert empty.mean() < 0.05
 
 
 def test_parameters_and_names_of_the_full_size():
     with torch.device("meta"):
-        biggan, cgn = BigGAN(), ImageNetCGN()
-    assert sum(p.numel() for p in biggan.parameters()) == 55_880_833
+        biggan = BigGAN()
+        cgn = ImageNetCGN()
+        u2netp = U2Net(small=True)
+    assert sum(parameter.numel() for parameter in biggan.parameters()) == 55_880_833
+    assert len(biggan.state_dict()) == 602
     names = cgn.state_dict().keys()
-    assert len(biggan.state_dict()) == 602 and len(names) == 4 * 602 + 798 == 3206
-    assert {name.split(".")[0] for name in names} == {"biggan_GT", "f_shape", "f_text", "f_bg", "u2net"}
-    spec = (folder_from("CGN_FIXTURES") or ROOT).parent / "spec"             # lists of the published files' names
-    for network, file in ((biggan, "biggan_deep_256"), (cgn.u2net, "u2net"), (U2Net(small=True), "u2netp")):
-        if (spec / f"{file}_keys.txt").is_file():
-            lines = [f"{name} {list(x.shape)}" for name, x in network.state_dict().items()]
-            assert lines == (spec / f"{file}_keys.txt").read_text().splitlines()
+    assert len(names) == 4 * 602 + 798 == 3206
+    parts = {name.split(".")[0] for name in names}
+    assert parts == {"biggan_GT", "f_shape", "f_text", "f_bg", "u2net"}
+
+    # Lists of the published files' names.
+    spec = (folder_from("CGN_FIXTURES") or ROOT).parent / "spec"
+    networks = {"biggan_deep_256": biggan, "u2net": cgn.u2net, "u2netp": u2netp}
+    for file, network in networks.items():
+        path = spec / f"{file}_keys.txt"
+        if path.is_file():
+            state = network.state_dict()
+            lines = [f"{name} {list(value.shape)}" for name, value in state.items()]
+            assert lines == path.read_text().splitlines()
 
 
-def test_statistics_between_grid_points_and_where_the_grid_is_inexact():
+@pytest.mark.parametrize(
+    "truncation, row",
+    [(0.14, 7), (0.28, 14), (0.56, 28), (0.58, 29), (0.94, 47), (1.0, 50), (0.5, 25), (0.01, 0.5)],
+)
+def test_statistics_between_grid_points_and_where_the_grid_is_inexact(truncation, row):
     norm = BigGAN(**SMALL).generator.bn
     norm.running_means[:] = torch.arange(51.0)[:, None]
-    for truncation, row in ((0.14, 7), (0.28, 14), (0.56, 28), (0.58, 29), (0.94, 47), (1.0, 50), (0.5, 25), (0.01, 0.5)):
-        assert norm.statistics(truncation)[0][0].item() == pytest.approx(row, abs=1e-4)
+    mean, _ = norm.statistics(truncation)
+    assert mean[0].item() == pytest.approx(row, abs=1e-4)
 
 
 def test_spectral_norm_divides_by_the_largest_singular_value_with_its_gradient():
     torch.manual_seed(0)
-    layer = spectral(torch.nn.Linear(6, 4, bias=False)).double()
+    layer = layers.spectral(torch.nn.Linear(6, 4, bias=False)).double()
     for _ in range(200):
-        power_iteration(layer)
+        layers.power_iteration(layer)
     layer(torch.zeros(1, 6, dtype=torch.float64))
-    close(layer.weight, layer.weight_orig / torch.linalg.svdvals(layer.weight_orig)[0], 1e-6)
-    u, v = layer.weight_u, layer.weight_v
+    largest = torch.linalg.svdvals(layer.weight_orig)[0]
+    close(layer.weight, layer.weight_orig / largest, 1e-6)
+
     weight = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda w: DivideBySigma.apply(w, u, v), (weight,))
+    u = layer.weight_u
+    v = layer.weight_v
+    assert torch.autograd.gradcheck(lambda w: layers.DivideBySigma.apply(w, u, v), (weight,))
 
 
 def test_truncated_normal_is_that():
     z = truncated_normal((100_000,), torch.Generator().manual_seed(0))
-    assert z.abs().max() <= 2 and abs(z.mean()) < 0.01 and z.std().item() == pytest.approx(0.8796, abs=0.01)
+    assert z.abs().max() <= 2
+    assert abs(z.mean()) < 0.01
+    assert z.std().item() == pytest.approx(0.8796, abs=0.01)
 
 
 def test_frozen_networks_stay_and_mechanisms_learn():
     cgn = ImageNetCGN(True, **SMALL)
     cgn.train()
-    assert not cgn.biggan_GT.training and not cgn.u2net.training and cgn.f_shape.training
-    assert {name.split(".")[0] for name, p in cgn.named_parameters() if p.requires_grad} == {"f_shape", "f_text", "f_bg"}
-    y = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    outputs = cgn(torch.randn(2, 32), y, 1.0)
-    assert [tuple(x.shape) for x in outputs] == [(2, c, 64, 64) for c in (3, 1, 3, 3, 1)]
+    assert not cgn.biggan_GT.training
+    assert not cgn.u2net.training
+    assert cgn.f_shape.training
+    trainable = {name.split(".")[0] for name, p in cgn.named_parameters() if p.requires_grad}
+    assert trainable == {"f_shape", "f_text", "f_bg"}
+
+    outputs = cgn(torch.randn(2, 32), torch.tensor([[1, 2, 3], [4, 5, 6]]), 1.0)
+    channels = [3, 1, 3, 3, 1]
+    assert [tuple(x.shape) for x in outputs] == [(2, c, 64, 64) for c in channels]
     sum(x.sum() for x in outputs).backward()
-    assert all(p.grad is not None for f in (cgn.f_shape, cgn.f_text, cgn.f_bg) for p in f.parameters())
+    for mechanism in (cgn.f_shape, cgn.f_text, cgn.f_bg):
+        assert all(parameter.grad is not None for parameter in mechanism.parameters())
 
 
 def test_recomputed_activations_give_the_same_gradients_and_singular_vectors():
     torch.manual_seed(0)
     cgn = ImageNetCGN(True, **SMALL).train()
-    z, y, gradients, vectors = torch.randn(2, 32), torch.tensor([[1, 2, 3], [4, 5, 6]]), [], []
+    z = torch.randn(2, 32)
+    y = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    gradients, vectors = [], []
     for recompute in (False, True):
         network = copy.deepcopy(cgn)
         for mechanism in (network.f_shape, network.f_text, network.f_bg):
             mechanism.recompute = recompute
         sum(x.square().mean() for x in network(z, y, 1.0)).backward()
         gradients.append([p.grad for p in network.parameters() if p.requires_grad])
-        vectors.append([value for name, value in network.state_dict().items() if name.endswith("weight_u")])
-    assert all(torch.equal(a, b) for pair in (gradients, vectors) for a, b in zip(*pair))
+        state = network.state_dict()
+        vectors.append([value for name, value in state.items() if name.endswith("weight_u")])
+    assert len(gradients[0]) > 0
+    assert same(*gradients)
+    assert same(*vectors)
 
 
 def test_random_networks_are_seeded_and_have_contrast():
     before = torch.random.get_rng_state()
-    (biggan, u2net), (again, _) = (random_networks(lambda: BigGAN(**SMALL), True, seed=3) for _ in range(2))
+    biggan, u2net = train_cgn.random_networks(SMALL, True, seed=3)
+    again, _ = train_cgn.random_networks(SMALL, True, seed=3)
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(torch.equal(biggan[name], again[name]) for name in biggan)
-    network, saliency = BigGAN(**SMALL).eval(), U2Net(True).eval()
+    assert same(biggan, again)
+
+    network = BigGAN(**SMALL).eval()
     network.load_state_dict(biggan)
+    saliency = U2Net(small=True).eval()
     saliency.load_state_dict(u2net)
+    z = truncated_normal((6, 32), torch.Generator().manual_seed(0))
     with torch.no_grad():
-        images = network(truncated_normal((6, 32), torch.Generator().manual_seed(0)), torch.arange(6) * 150, 1.0)
+        images = network(z, torch.arange(6) * 150, 1.0)
         masks = saliency(images)
-    assert images.std() > 0.3 and images.std((2, 3)).mean() > 0.1 and masks.std() > 0.2
+    assert images.std() > 0.3
+    assert images.std((2, 3)).mean() > 0.1
+    assert masks.std() > 0.2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The scripts
+# --------------------------------------------------------------------------------------------------
+# Weights
 
 
-FLAGS = SMALL_IMAGENET
+def test_published_form_of_weights(tmp_path):
+    with torch.device("meta"):
+        shapes = ImageNetCGN().state_dict()
+    state = {}
+    for name, value in shapes.items():
+        dtype = torch.half if value.is_floating_point() else value.dtype
+        state[f"module.{name}"] = torch.zeros(value.shape, dtype=dtype)
+    state["module.f_bg.generator.gen_z.bias"] += 0.5
+    torch.save(state, tmp_path / "cgn.pth")
+    loaded, args = train_cgn.load_imagenet_generator(tmp_path / "cgn.pth")
+    assert args == {}
+    assert not hasattr(loaded, "biggan_GT")
+    assert not loaded.training
+    bias = loaded.f_bg.generator.gen_z.bias
+    assert bias.dtype == torch.float32
+    assert (bias == 0.5).all()
 
 
-@pytest.fixture(scope="module")
-def trained(small_cgn):
-    return small_cgn
+def test_weights_of_another_network_are_refused(tmp_path):
+    torch.save(U2Net(small=True).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(runs.UserError, match="other.pth: not the weights needed here"):
+        train_cgn.load_imagenet_generator(tmp_path / "other.pth")
 
 
-def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+def test_a_large_file_is_mapped_and_not_read(tmp_path):
+    path = tmp_path / "weights.pt"
+    torch.save({"x": torch.zeros(10_000_000)}, path)
+    x = runs.load_tensors(path)["x"]
+    assert x.shape == (10_000_000,)
+    assert str(path) in Path("/proc/self/maps").read_text()
 
 
-def test_training_resumes_to_the_same_bits(trained, tmp_path):
-    common = ["train_cgn.py", *FLAGS, "--accumulate", 2, "--log-every", 1, "--save-every", 2, "--out", tmp_path / "run"]
-    run(*common, "--steps", 1)
-    run(*common, "--steps", 3, "--resume")
-    whole, halves = checkpoint(trained), checkpoint(tmp_path / "run")
-    assert whole["step"] == halves["step"] == 3
-    for part in ("generator", "average"):
-        assert whole[part].keys() == halves[part].keys()
-        assert all(torch.equal(whole[part][name], halves[part][name]) for name in whole[part])
-    assert not any(name.startswith(("biggan_GT", "u2net")) for name in whole["generator"])
+# --------------------------------------------------------------------------------------------------
+# Training
+
+# Without the losses that compare with the cGAN's image by absolute differences: before the first
+# step the composite is that image, and the signs of the differences would be those of rounding
+# errors. The foreground differs from the texture of patches.
+SMOOTH = "--reconstruction-weight 0 --style-weights 0 0 0 0 --accumulate 2".split()
+STILL = "--lr-shape 0 --lr-texture 0 --lr-background 0 --max-steps 1".split()
+TRAINING = ["train_cgn.py", *SMALL_IMAGENET]
 
 
-# Without the losses that compare by absolute differences. Composite and cGAN's image are alike before the first step,
-# Gram matrices nearly so: the signs of their differences would be those of rounding errors.
-SMOOTH = [*FLAGS, "--reconstruction-weight", 0, "--style-weights", 0, 0, 0, 0, "--texture-weights", 0, 0, 0, 0]
+def mean_gradients(path):
+    """Adam's mean gradients in a checkpoint: one vector for shape, texture and background each.
 
-
-def gradients(*flags, steps=1):
-    """The gradient of all mechanisms in each step, as one vector, without moving the weights."""
-    rates = [part for name in ("shape", "texture", "background") for part in (f"--lr-{name}", 0)]
-    args = parse_args([str(flag) for flag in [*SMOOTH, *flags, *rates, "--out", "unused"]])
-    parts, _, make_step, _ = prepare_imagenet(args, torch.device("cpu"), False)
+    After one step they are a tenth of the gradient. In float64.
+    """
+    optimizer = load(path)["optimizers"][0]
     vectors = []
-    for step in range(steps):
-        make_step(step)
-        vectors.append(torch.cat([p.grad.flatten() for p in parts["generator"].parameters() if p.requires_grad]))
+    for group in optimizer["param_groups"]:
+        moments = [optimizer["state"][index]["exp_avg"].flatten() for index in group["params"]]
+        vectors.append(torch.cat(moments).double())
     return vectors
 
 
-def test_accumulated_gradients_are_the_mean_of_the_batches():
-    first, second = gradients("--accumulate", 1, steps=2)
-    both, = gradients("--accumulate", 2)
-    assert (first - second).norm() > 0.1 * first.norm()
-    close(both, (first + second) / 2, 1e-5)
+def test_training_resumes_to_the_same_bits(small_cgn, tmp_path):
+    out = tmp_path / "run"
+    flags = [*TRAINING, *"--accumulate 2 --log-every 1 --save-every 2".split(), "--out", out]
+    run(*flags, "--max-steps", 1)
+    run(*flags, "--max-steps", 3, "--resume")
+    whole = load(small_cgn / "checkpoint.pt")
+    halves = load(out / "checkpoint.pt")
+    assert whole["step"] == halves["step"] == 3
+    for name in ("generator", "average", "optimizers"):
+        assert same(whole[name], halves[name]), name
+    assert not any(name.startswith(("biggan_GT", "u2net")) for name in whole["generator"])
+    assert (small_cgn / "log.jsonl").read_text() == (out / "log.jsonl").read_text()
 
 
-def test_the_small_preset_learns():
-    args = parse_args([str(flag) for flag in [*FLAGS, "--batch-size", 4, "--out", "unused"]])
-    _, _, make_step, _ = prepare_imagenet(args, torch.device("cpu"), False)
-    steps = [make_step(step)[0] for step in range(24)]
-    first, last = ({name: torch.stack([s[name] for s in some]).mean() for name in some[0]}
-                   for some in (steps[:4], steps[-4:]))
-    assert last["background"] < 0.5 * first["background"] and last["texture"] < 0.8 * first["texture"]
-    assert last["binary"] < first["binary"] and 0.05 < last["mask_mean"] < 0.4
+def test_accumulated_gradients_are_the_mean_of_the_batches(tmp_path):
+    flags = [*TRAINING, *SMOOTH, *STILL]
+    one = "--accumulate 1 --max-steps 2 --save-every 1".split()
+    run(*flags, *one, "--out", tmp_path / "one")
+    run(*flags, "--out", tmp_path / "two")
+    first_steps = mean_gradients(tmp_path / "one" / "checkpoint_before.pt")
+    second_steps = mean_gradients(tmp_path / "one" / "checkpoint.pt")
+    both_batches = mean_gradients(tmp_path / "two" / "checkpoint.pt")
+    for first, mean, both in zip(first_steps, second_steps, both_batches):
+        second = mean - 0.9 * first
+        assert (first - second).norm() > 0.1 * first.norm() > 0
+        close(both, (first + second) / 2, 1e-5)
 
 
 def test_two_ranks_have_the_gradients_of_their_joint_batch(tmp_path):
-    torchrun(2, "train_cgn.py", *SMOOTH, "--accumulate", 2, "--steps", 1, "--out", tmp_path / "run")
-    state = checkpoint(tmp_path / "run")["optimizers"][0]["state"]
-    two = torch.cat([state[number]["exp_avg"].flatten() for number in sorted(state)]) * 10     # after one step of Adam
-    one, = gradients("--accumulate", 2, "--batch-size", 4)
-    # Rounding: one process with one thread and with two differ by 0.3 %. A missing rank would be most of it.
-    assert one.norm() > 0 and (one - two).norm() < 0.01 * one.norm()
+    flags = [*TRAINING, *SMOOTH, *STILL, "--batch-size", 4]
+    run(*flags, "--out", tmp_path / "one")
+    torchrun(2, *flags, "--out", tmp_path / "two")
+    ones = mean_gradients(tmp_path / "one" / "checkpoint.pt")
+    twos = mean_gradients(tmp_path / "two" / "checkpoint.pt")
+    for one, two in zip(ones, twos):
+        # Batches of other sizes round differently. A missing rank would be most of the gradient.
+        assert one.norm() > 0
+        assert (one - two).norm() < 0.01 * one.norm()
 
 
-def test_training_starts_from_given_weights(trained, tmp_path):
-    args = parse_args([str(flag) for flag in [*FLAGS, "--weights", trained / "weights.pt", "--out", "unused"]])
-    parts = prepare_imagenet(args, torch.device("cpu"), False)[0]
-    average = torch.load(trained / "weights.pt", weights_only=True)["average"]
-    for name in ("generator", "average"):
-        state = parts[name].state_dict()
-        assert all(torch.equal(state[key], value) for key, value in average.items() if key.startswith("f_"))
-    done = run("train_cgn.py", "--dataset", "imagenet", "--offline", "--device", "cpu", "--weights",
-               trained / "weights.pt", "--out", tmp_path / "run", expect=2)
+class FirstLosses(Exception):
+    """Raised in place of computing the first losses of a training, with their arguments."""
+
+
+def first_batch(monkeypatch, out, rank, world_size):
+    """The cGAN's images and the windows of the patches in the first batch of one rank."""
+
+    def losses(args, vgg, outputs, x_gt, windows):
+        raise FirstLosses(x_gt, windows)
+
+    started = types.SimpleNamespace(step=0)
+    monkeypatch.setattr(train_cgn, "imagenet_losses", losses)
+    monkeypatch.setattr(train_cgn.checkpoints, "Training", lambda *args, **settings: started)
+    monkeypatch.setattr(runs, "rank_and_world_size", lambda: (rank, world_size))
+    monkeypatch.setattr(torch.nn.parallel, "DistributedDataParallel", lambda cgn, **settings: cgn)
+    args = train_cgn.parse_args([*SMALL_IMAGENET, "--batch-size", "4", "--out", str(out)])
+    with pytest.raises(FirstLosses) as caught:
+        train_cgn.train_imagenet(args, torch.device("cpu"))
+    return caught.value.args
+
+
+def test_two_ranks_draw_what_one_rank_draws(monkeypatch, tmp_path):
+    images, windows = first_batch(monkeypatch, tmp_path, 0, 1)
+    first_images, first_windows = first_batch(monkeypatch, tmp_path, 0, 2)
+    second_images, second_windows = first_batch(monkeypatch, tmp_path, 1, 2)
+    assert windows.shape == (4, 36)
+    assert torch.equal(torch.cat([first_windows, second_windows]), windows)
+    close(torch.cat([first_images, second_images]), images)
+    assert not torch.equal(first_windows, second_windows)
+
+
+def test_the_small_preset_learns(tmp_path):
+    flags = "--batch-size 4 --max-steps 24 --log-every 1".split()
+    run(*TRAINING, *flags, "--out", tmp_path / "run")
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    steps = [json.loads(line) for line in lines]
+    assert len(steps) == 24
+
+    def mean(some):
+        return {name: sum(step[name] for step in some) / len(some) for name in some[0]}
+
+    first = mean(steps[:4])
+    last = mean(steps[-4:])
+    assert last["background"] < 0.5 * first["background"]
+    assert last["texture"] < 0.8 * first["texture"]
+    assert last["binary"] < first["binary"]
+    assert 0.05 < last["mask_mean"] < 0.4
+
+
+def test_training_starts_from_given_weights(small_cgn, tmp_path):
+    weights = small_cgn / "weights.pt"
+    flags = [*SMALL_IMAGENET, "--weights", weights, "--out", "unused"]
+    args = train_cgn.parse_args([str(flag) for flag in flags])
+    networks = train_cgn.load_imagenet_networks(args)
+    expected = load(weights)["average"]
+    for network in networks:
+        state = network.state_dict()
+        for name, value in expected.items():
+            if name.startswith("f_"):
+                assert torch.equal(state[name], value)
+
+    flags = "--dataset imagenet --offline --device cpu".split()
+    out = tmp_path / "run"
+    done = run("train_cgn.py", *flags, "--weights", weights, "--out", out, expect=2)
     assert "of another --preset" in done.stderr
 
 
-def rows(folder):
+# --------------------------------------------------------------------------------------------------
+# Generation
+
+
+def read_rows(folder):
+    """The rows of labels.csv."""
     with open(folder / "labels.csv", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def pictures(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.png"))}
-
-
-def generation(trained, out, *flags):
-    return ["generate.py", "--dataset", "imagenet", "--weights", trained / "weights.pt", "--device", "cpu",
-            "--batch-size", 4, "--format", "png", "--save", "counterfactual", "mask", "composite", "--out", out, *flags]
+def read_pictures(folder):
+    """Name -> bytes of all pictures that are complete."""
+    found = {}
+    for file in sorted(folder.rglob("*.png")):
+        if not file.name.startswith("."):
+            found[str(file.relative_to(folder))] = file.read_bytes()
+    return found
 
 
 @pytest.fixture(scope="module")
-def whole(trained, tmp_path_factory):
+def generation(small_cgn):
+    """A command that makes three pictures of each image in batches of 4, without --n and --out."""
+    flags = "--dataset imagenet --device cpu --batch-size 4 --format png".split()
+    flags += "--save counterfactual mask composite".split()
+    return ["generate.py", *flags, "--weights", small_cgn / "weights.pt"]
+
+
+@pytest.fixture(scope="module")
+def whole(generation, tmp_path_factory):
     """24 images in one go: their files and rows."""
     out = tmp_path_factory.mktemp("generation") / "whole"
-    run(*generation(trained, out, "--n", 24))
-    return pictures(out), rows(out)
+    run(*generation, "--n", 24, "--out", out)
+    return read_pictures(out), read_rows(out)
 
 
-def test_generation_is_the_same_resumed_sharded_and_split(trained, whole, tmp_path):
-    files, table = whole
-    assert len(files) == 72 and [row["file"] for row in table] == [f"counterfactual/{n:07d}.png" for n in range(24)]
-    _, classes = draw_image(0, 7, 32, [list(range(1000))] * 3)
-    assert [int(table[7][name]) for name in ("shape", "texture", "background")] == classes.tolist()
-
-    torchrun(2, *generation(trained, tmp_path / "out", "--n", 24))
-    assert pictures(tmp_path / "out") == files and rows(tmp_path / "out") == table
-
-    for number in (3, 8):                                  # as a kill would leave it
-        (tmp_path / "out" / "mask" / f"{number:07d}.png").unlink()
-    (tmp_path / "out" / "labels.csv").unlink()
-    run(*generation(trained, tmp_path / "out", "--n", 24, "--resume"))
-    assert pictures(tmp_path / "out") == files and rows(tmp_path / "out") == table
-
-    run(*generation(trained, tmp_path / "split", "--start", 5, "--n", 19))
-    assert rows(tmp_path / "split") == table[5:]
-    assert all(files[name] == data for name, data in pictures(tmp_path / "split").items())
-    run(*generation(trained, tmp_path / "split", "--start", 2, "--n", 3, "--resume"))
-    assert rows(tmp_path / "split") == table[2:]           # those that were there before keep their rows
-    done = run(*generation(trained, tmp_path / "split", "--n", 10, "--seed", 1, "--resume"), expect=2)
-    assert "seed = 0, not 1" in done.stderr
+def check_whole(out, whole):
+    """A folder holds the files and rows of the whole."""
+    assert read_pictures(out) == whole[0]
+    assert read_rows(out) == whole[1]
 
 
-def test_killed_generation_goes_on_to_the_same_set(trained, whole, tmp_path):
-    files, table = whole
-    process = subprocess.Popen([sys.executable, *map(str, generation(trained, tmp_path / "out", "--n", 24))], cwd=ROOT,
-                               stdout=subprocess.DEVNULL)
-    while len(list((tmp_path / "out").glob("mask/[0-9]*.png"))) < 9:
-        assert process.poll() is None
+def test_a_row_tells_what_is_drawn(whole):
+    files, rows = whole
+    assert len(files) == 3 * 24
+    expected = [f"counterfactual/{index:07d}.png" for index in range(24)]
+    assert [row["file"] for row in rows] == expected
+    everything = list(range(1000))
+    _, classes = generate.sample_image(0, 7, 32, [everything] * 3)
+    found = [int(rows[7][head]) for head in imagenet.HEADS]
+    assert found == classes.tolist()
+    assert rows[7]["shape_name"] == imagenet.class_names()[found[0]]
+
+
+def test_two_ranks_and_a_resumed_run_make_the_same_pictures(generation, whole, tmp_path):
+    flags = [*generation, "--n", 24, "--out", tmp_path]
+    torchrun(2, *flags)
+    check_whole(tmp_path, whole)
+    for index in (3, 8):  # as a kill would leave it
+        (tmp_path / "mask" / f"{index:07d}.png").unlink()
+    (tmp_path / "labels.csv").unlink()
+    run(*flags, "--resume")
+    check_whole(tmp_path, whole)
+
+
+def test_a_data_set_can_be_split(generation, whole, tmp_path):
+    files, rows = whole
+    flags = [*generation, "--out", tmp_path]
+    run(*flags, "--start", 5, "--n", 19)
+    assert read_rows(tmp_path) == rows[5:]
+    found = read_pictures(tmp_path)
+    assert len(found) == 3 * 19
+    assert all(files[name] == data for name, data in found.items())
+    # Those that were there before keep their rows.
+    run(*flags, "--start", 2, "--n", 3, "--resume")
+    assert read_rows(tmp_path) == rows[2:]
+    done = run(*flags, "--n", 10, "--seed", 1, "--resume", expect=2)
+    assert "made with seed = 0, not 1" in done.stderr
+
+
+def test_killed_generation_resumes_to_the_same_set(generation, whole, tmp_path):
+    files, rows = whole
+    out = tmp_path / "out"
+    flags = [*generation, "--n", 24, "--out", out]
+    process = start(*flags)
+    while len(list(out.glob("mask/[0-9]*.png"))) < 9:
+        assert process.is_alive()
         time.sleep(0.01)
     process.kill()
-    process.wait()
-    left = {name: data for name, data in pictures(tmp_path / "out").items() if not Path(name).name.startswith(".")}
-    assert 9 <= len(left) < 72 and all(files[name] == data for name, data in left.items())
+    process.join()
+    left = read_pictures(out)
+    assert 9 <= len(left) < 72
+    assert all(files[name] == data for name, data in left.items())
     # Every row has its files; the kill may have cut the last row.
-    found = (tmp_path / "out" / "labels.csv").read_text().splitlines()[1:]
-    lines = [",".join(row.values()) for row in table]
-    assert found and all(line in lines and line.split(",")[0] in left for line in found[:-1])
-    run(*generation(trained, tmp_path / "out", "--n", 24, "--resume"))
-    assert pictures(tmp_path / "out") == files and rows(tmp_path / "out") == table
+    found = (out / "labels.csv").read_text().splitlines()[1:]
+    expected = [",".join(row.values()) for row in rows]
+    assert found
+    for line in found[:-1]:
+        assert line in expected
+        assert line.split(",")[0] in left
+    run(*flags, "--resume")
+    check_whole(out, whole)
 
 
-def test_full_disk_ends_in_an_error_and_nothing_is_lost(trained, whole, tmp_path):
-    """Stood in for by a limit on the size of a file, which some pictures pass."""
-    files, table = whole
-    sizes = sorted(len(data) for name, data in files.items() if "counterfactual" in name)
-    code = f"""
+# Runs generate.py, which can write no larger files once it begins with the pictures.
+LIMITED = """
 import resource, sys, generate
-sys.argv = sys.argv[1:]
-unlimited = generate.generate_imagenet
-def limited(*args):
-    resource.setrlimit(resource.RLIMIT_FSIZE, ({sizes[12]}, {sizes[12]}))
+limit = int(sys.argv.pop(1))
+unlimited = generate.write_pictures
+def write_pictures(*args):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     unlimited(*args)
-generate.generate_imagenet = limited
-generate.run_main(generate.main)"""
-    command = map(str, generation(trained, tmp_path / "out", "--n", 24))
-    done = subprocess.run([sys.executable, "-c", code, *command], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: cannot write ") and "Traceback" not in done.stderr
-    left = pictures(tmp_path / "out")
-    assert len(left) < 72 and all(files[name] == data for name, data in left.items())
-    assert all(row in table and row["file"] in left for row in rows(tmp_path / "out"))
-    run(*generation(trained, tmp_path / "out", "--n", 24, "--resume"))
-    assert pictures(tmp_path / "out") == files and rows(tmp_path / "out") == table
+generate.write_pictures = write_pictures
+generate.runs.run_main(generate.main)
+"""
 
 
-def test_wrong_arguments_of_generation(trained, tmp_path, monkeypatch, capsys):
-    def message(*flags):
-        monkeypatch.setattr(sys, "argv", [str(flag) for flag in flags])
-        with pytest.raises(SystemExit, match="2"):
-            run_main(generate.main)
-        assert not (tmp_path / "out").exists()
-        return capsys.readouterr().err
+def test_full_disk_ends_in_an_error_and_nothing_is_lost(generation, whole, tmp_path):
+    """Stood in for by a limit on the size of a file, which some pictures pass."""
+    files, rows = whole
+    sizes = sorted(len(data) for name, data in files.items() if "counterfactual" in name)
+    script, *flags = [*generation, "--n", 24, "--out", tmp_path]
+    command = [sys.executable, "-c", LIMITED, str(sizes[12]), *map(str, flags)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: cannot write ")
+    assert "Traceback" not in done.stderr
+    left = read_pictures(tmp_path)
+    assert len(left) < 72
+    assert all(files[name] == data for name, data in left.items())
+    assert all(row in rows and row["file"] in left for row in read_rows(tmp_path))
+    run(script, *flags, "--resume")
+    check_whole(tmp_path, whole)
 
-    for flags, words in ((["--start", 9_999_990, "--n", 11], "numbered 0 to 9999999"), (["--shape", 1000], "0 to 999"),
-                         (["--texture", "zzz"], "no class"), (["--interpolate", "all"], "needs --to"),
-                         (["--truncation", 0], "above 0"), (["--truncation", 1.1], "not a number from 0.0 to 1.0")):
-        assert words in message(*generation(trained, tmp_path / "out", *flags))
-    assert f"no cgn.pth in {tmp_path}" in message("generate.py", "--dataset", "imagenet", "--offline", "--weights-dir",
-                                                  tmp_path, "--out", tmp_path / "out")
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--start 9999990 --n 11", "numbered 0 to 9999999"),
+        ("--shape 1000", "0 to 999"),
+        ("--texture zzz", "no class"),
+        ("--interpolate all", "needs --to"),
+        ("--interpolate all --to zebra --n 4", "has no meaning with --interpolate"),
+        ("--to zebra", "--to: needs --interpolate"),
+        ("--batch-size 4", "--batch-size: needs --n"),
+        ("--truncation 0", "above 0"),
+        ("--truncation 1.1", "not a number from 0.0 to 1.0"),
+        ("--weights-dir .", "no cgn.pth in ."),
+    ],
+)
+def test_wrong_arguments_of_generation(tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    command = "generate.py --dataset imagenet --offline --out out".split()
+    monkeypatch.setattr(sys, "argv", [*command, *flags.split()])
+    with pytest.raises(SystemExit, match="2"):
+        runs.run_main(generate.main)
+    message = capsys.readouterr().err
+    assert "error: " in message
+    assert words in message
+    assert not (tmp_path / "out").exists()
 
 
-def test_interpolation_and_sheet(trained, tmp_path):
-    common = ["--dataset", "imagenet", "--weights", trained / "weights.pt", "--device", "cpu"]
-    run("generate.py", *common, "--interpolate", "tour", "--to", "zebra", "--shape", "tabby", "--texture", 3, "--frames",
-        3, "--out", tmp_path / "tour")
+def test_interpolation_and_sheet(small_cgn, tmp_path):
+    flags = "generate.py --dataset imagenet --device cpu".split()
+    flags += ["--weights", small_cgn / "weights.pt"]
+    tour = "--interpolate tour --to zebra --shape tabby --texture 3 --frames 3".split()
+    run(*flags, *tour, "--out", tmp_path / "tour")
     assert len(list((tmp_path / "tour").glob("frame_*.png"))) == 9
-    from PIL import Image
     animation = Image.open(tmp_path / "tour" / "animation.gif")
-    assert animation.n_frames > 9 and animation.size == (64, 64)
-    run("generate.py", *common, "--mode", "best", "--out", tmp_path / "sheet")
+    assert animation.n_frames > 9
+    assert animation.size == (64, 64)
+    run(*flags, "--mode", "best", "--out", tmp_path / "sheet")
     assert (tmp_path / "sheet" / "sheet.png").is_file()
 
 
-def test_published_form_of_weights_and_weights_of_another_network(tmp_path):
-    with torch.device("meta"):
-        shapes = {f"module.{name}": value for name, value in ImageNetCGN().state_dict().items()}
-    state = {name: torch.zeros(value.shape, dtype=torch.half if value.is_floating_point() else value.dtype)
-             for name, value in shapes.items()}
-    state["module.f_bg.generator.gen_z.bias"] += 0.5
-    torch.save(state, tmp_path / "cgn.pth")
-    loaded, args = load_imagenet_generator(tmp_path / "cgn.pth")
-    assert args == {} and not hasattr(loaded, "biggan_GT") and not loaded.training
-    assert (loaded.f_bg.generator.gen_z.bias == 0.5).all() and loaded.f_bg.generator.gen_z.bias.dtype == torch.float32
-    torch.save(U2Net(True).state_dict(), tmp_path / "other.pth")
-    with pytest.raises(UserError, match="other.pth: not the weights needed here"):
-        load_imagenet_generator(tmp_path / "other.pth")
-
-
-def test_a_large_file_is_mapped_and_not_read(tmp_path):
-    torch.save({"x": torch.zeros(10_000_000)}, tmp_path / "weights.pt")
-    x = load_tensors(tmp_path / "weights.pt")["x"]
-    assert x.shape == (10_000_000,) and str(tmp_path / "weights.pt") in Path("/proc/self/maps").read_text()
-
-
 def test_class_names():
-    assert class_number("281") == class_number("tabby") == 281 and class_number("African elephant") == 386
-    for text, message in (("1000", "0 to 999"), ("-1", "0 to 999"), ("terrier", "more than one"), ("zzz", "no class")):
-        with pytest.raises(UserError, match=message):
-            class_number(text)
+    assert imagenet.class_index("281") == imagenet.class_index("tabby") == 281
+    assert imagenet.class_index("African elephant") == 386
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [("1000", "0 to 999"), ("-1", "0 to 999"), ("terrier", "more than one"), ("zzz", "no class")],
+)
+def test_wrong_class_names(text, words):
+    with pytest.raises(runs.UserError, match=words):
+        imagenet.class_index(text)

@@ -1,12 +1,15 @@
-"""The three variants: what colours and textures say of the label, seeds, files, and damaged files."""
+"""The three variants: what colors and textures tell of the label, seeds, files, damaged files."""
+
 import gzip
+import json
 
 import pytest
 import torch
+from conftest import write_idx
 from PIL import Image, ImageColor
 
-from conftest import write_idx
-from data.mnist import BACKGROUNDS, COLORS, OBJECTS, VARIANTS, load_variant, read_idx, to_float
+from data import mnist
+from data.mnist import BACKGROUNDS, COLORS, OBJECTS, VARIANTS, load_variant, to_float
 from data.runs import UserError
 from data.synthetic import synthetic_digits, synthetic_textures
 
@@ -20,117 +23,185 @@ def variants(digits_dir):
     return {name: load_variant(name, digits_dir, seed=3) for name in VARIANTS}
 
 
+# --------------------------------------------------------------------------------------------------
+# Images
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_images_are_seeded_and_shaped(variants, name):
     train, test = variants[name]
-    assert (len(train), len(test)) == ((600, 200) if name == "colored_mnist" else (500, 100))
+    sizes = (600, 200) if name == "colored_mnist" else (500, 100)
+    assert (len(train), len(test)) == sizes
     index = torch.tensor([5, 0, 499])
-    first, again, other = (train.images(index, torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
-    assert first.shape == (3, 3, 32, 32) and first.dtype == torch.uint8
+    first = train.images(index, torch.Generator().manual_seed(1))
+    again = train.images(index, torch.Generator().manual_seed(1))
+    other = train.images(index, torch.Generator().manual_seed(2))
+    assert first.shape == (3, 3, 32, 32)
+    assert first.dtype == torch.uint8
     assert torch.equal(first, again)
-    assert torch.equal(first, other) == (name == "colored_mnist")          # there, each image keeps its colour
+    # In colored MNIST, each image keeps its color.
+    assert torch.equal(first, other) == (name == "colored_mnist")
     fixed = test.all_images(7, decorrelated=True)
     assert torch.equal(fixed, test.all_images(7, decorrelated=True))
     assert not torch.equal(fixed, test.all_images(8, decorrelated=True))
     floats = to_float(first)
-    assert floats.min() >= -1 and floats.max() <= 1 and floats.max() > 0
+    assert floats.min() >= -1
+    assert 0 < floats.max() <= 1
 
 
-def test_colored_digits_have_their_labels_mean_colour_on_black(variants):
+def test_colored_digits_have_their_labels_mean_color_on_black(variants):
     train, test = variants["colored_mnist"]
-    images, full = train.all_images(0).float(), train.digits[:, 0] > 220
-    assert images.permute(0, 2, 3, 1)[train.digits[:, 0] == 0].max() == 0
+    digits = train.digits[:, 0]
+    images = train.all_images(0).float()
+    full = digits > 220
+    assert images.permute(0, 2, 3, 1)[digits == 0].max() == 0
     assert full.flatten(1).any(1).float().mean() > 0.99
-    colours = torch.stack([(image[:, m] * 255 / d[m]).mean(1) for image, m, d in zip(images, full, train.digits[:, 0])])
-    means = torch.stack([colours[train.labels == c].mean(0) for c in range(10)])
-    # About 60 images of each class, std 36 of 255: 5 in the mean; redrawing pulls values at the ends inwards by up to 29.
+    colors = []
+    for image, inside, digit in zip(images, full, digits):
+        colors.append((image[:, inside] * 255 / digit[inside]).mean(1))
+    colors = torch.stack(colors)
+    means = torch.stack([colors[train.labels == label].mean(0) for label in range(10)])
+    # About 60 images of each class, std 36 of 255: 5 in the mean; redrawing pulls values at the
+    # ends inwards by up to 29.
     assert (means - rgb(COLORS)).abs().max() < 45
     assert (means - rgb(COLORS)).abs().median() < 10
-    inner = (rgb(COLORS)[train.labels] > 100) & (rgb(COLORS)[train.labels] < 155)
-    assert (colours - rgb(COLORS)[train.labels])[inner].std().item() == pytest.approx(255 * 0.02 ** 0.5, rel=0.15)
+    expected = rgb(COLORS)[train.labels]
+    inner = (expected > 100) & (expected < 155)
+    deviation = (colors - expected)[inner].std().item()
+    assert deviation == pytest.approx(255 * 0.02**0.5, rel=0.15)
     mixed = test.all_images(0, decorrelated=True).float().amax((2, 3))
     nearest = torch.cdist(mixed, rgb(COLORS)).argmin(1)
-    assert (nearest == test.labels).float().mean() < 0.25                   # 0.1 by chance
+    assert (nearest == test.labels).float().mean() < 0.25  # 0.1 by chance
 
 
-def test_double_colored_pixels_are_the_two_colours_of_the_label(variants):
+def mean_colors(images, masks):
+    """The mean color of each image within its mask: (n, 3)."""
+    return torch.stack([image[:, mask].mean(1) for image, mask in zip(images, masks)])
+
+
+def test_double_colored_pixels_are_the_two_colors_of_the_label(variants):
     train, test = variants["double_colored_mnist"]
-    images, mask = train.all_images(0).float(), train.digits[:, 0].bool()
-    object_, background = (torch.stack([i[:, m].mean(1) for i, m in zip(images, part)]) for part in (mask, ~mask))
-    assert (object_ - rgb(OBJECTS)[train.labels]).abs().max() < 0.05 * 255
-    assert (background - rgb(BACKGROUNDS)[train.labels]).abs().max() < 0.05 * 255
-    assert OBJECTS[0] == "yellow" and OBJECTS[6] == "darkgreen"             # entry i - 6 of the list
+    images = train.all_images(0).float()
+    masks = train.digits[:, 0].bool()
+    difference = mean_colors(images, masks) - rgb(OBJECTS)[train.labels]
+    assert difference.abs().max() < 0.05 * 255
+    difference = mean_colors(images, ~masks) - rgb(BACKGROUNDS)[train.labels]
+    assert difference.abs().max() < 0.05 * 255
+    assert OBJECTS[0] == "yellow" and OBJECTS[6] == "darkgreen"  # entry i - 6 of the list
+
     images = test.all_images(0, decorrelated=True).float()
-    drawn = torch.stack([torch.cdist(torch.stack([i[:, m].mean(1) for i, m in zip(images, part)]), rgb(names)).argmin(1)
-                         for part, names in ((test.digits[:, 0].bool(), OBJECTS), (~test.digits[:, 0].bool(), BACKGROUNDS))])
-    agree = [(drawn[0] == drawn[1]), (drawn[0] == test.labels), (drawn[1] == test.labels)]
-    assert all(pair.float().mean() < 0.25 for pair in agree)
+    masks = test.digits[:, 0].bool()
+    drawn_object = torch.cdist(mean_colors(images, masks), rgb(OBJECTS)).argmin(1)
+    drawn_background = torch.cdist(mean_colors(images, ~masks), rgb(BACKGROUNDS)).argmin(1)
+    assert (drawn_object == drawn_background).float().mean() < 0.25
+    assert (drawn_object == test.labels).float().mean() < 0.25
+    assert (drawn_background == test.labels).float().mean() < 0.25
 
 
 def test_wildlife_pixels_are_crops_of_the_labels_textures(variants):
     train, _ = variants["wildlife_mnist"]
-    object_, background = synthetic_textures(seed=0)
-    images, labels = train.images(torch.arange(40), torch.Generator().manual_seed(0)), train.labels
-    for image, label, digit in zip(images, labels, train.digits[:40, 0].bool()):
-        for texture, part in ((object_[label], digit), (background[label], ~digit)):
-            padded = torch.nn.functional.pad(texture[None].float(), [3] * 4, mode="reflect")[0].to(torch.uint8)
-            windows = padded.unfold(1, 32, 1).unfold(2, 32, 1)              # (3, 125, 125, 32, 32)
-            matches = (windows[..., part] == image[:, part][:, None, None]).all(-1).all(0)
-            assert matches.any()
+    objects, backgrounds = synthetic_textures(seed=0)
+    images = train.images(torch.arange(40), torch.Generator().manual_seed(0))
+    digits = train.digits[:40, 0].bool()
+    for image, label, digit in zip(images, train.labels, digits):
+        for texture, part in ((objects[label], digit), (backgrounds[label], ~digit)):
+            texture = texture[None].float()
+            padded = torch.nn.functional.pad(texture, [3] * 4, mode="reflect")[0].to(torch.uint8)
+            windows = padded.unfold(1, 32, 1).unfold(2, 32, 1)  # (3, 125, 125, 32, 32)
+            equal = windows[..., part] == image[:, part][:, None, None]
+            assert equal.all(-1).all(0).any()
 
 
-def test_resize_is_pils_nearest_neighbour(variants, digits_dir):
+def test_resize_is_pils_nearest_neighbor(variants, digits_dir):
     train, _ = variants["colored_mnist"]
-    digit = read_idx(digits_dir / "MNIST" / "raw" / "train-images-idx3-ubyte.gz")[4]
-    resized = Image.fromarray(digit.numpy()).resize((32, 32), Image.Resampling.NEAREST)
-    assert torch.equal(train.digits[4, 0], torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8).view(32, 32))
+    raw = digits_dir / "MNIST" / "raw"
+    digit = mnist.read_idx(raw / "train-images-idx3-ubyte.gz")[4]
+    image = Image.fromarray(digit.numpy()).resize((32, 32), Image.Resampling.NEAREST)
+    resized = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(32, 32)
+    assert torch.equal(train.digits[4, 0], resized)
+
+
+def test_offline_needs_no_folder(tmp_path):
+    train, test = load_variant("colored_mnist", tmp_path / "nowhere", offline=True)
+    assert len(train) == 5 * len(test) >= 20_000
+    assert train.labels.bincount().min() > 0.08 * len(train)
+
+
+# --------------------------------------------------------------------------------------------------
+# Files of digits
+
+
+def write_digits(folder, images, labels):
+    """A folder's training files, not gzipped."""
+    write_idx(folder / "train-images-idx3-ubyte", images)
+    write_idx(folder / "train-labels-idx1-ubyte", labels.to(torch.uint8))
 
 
 def test_plain_files_in_the_folder_itself_are_used_too(tmp_path):
     images, labels = synthetic_digits(12, seed=0)
-    write_idx(tmp_path / "train-images-idx3-ubyte", images)
-    write_idx(tmp_path / "train-labels-idx1-ubyte", labels.to(torch.uint8))
+    write_digits(tmp_path, images, labels)
     train, test = load_variant("wildlife_mnist", tmp_path)
-    assert (len(train), len(test)) == (10, 2) and torch.equal(test.labels, labels[10:])
+    assert (len(train), len(test)) == (10, 2)
+    assert torch.equal(test.labels, labels[10:])
 
 
-def damaged(raw, kind):
-    return {"truncated": lambda: raw[:-5], "longer": lambda: raw + b"0", "empty": bytes,
-            "magic": lambda: b"\x00\x00\x0d" + raw[3:], "dimensions": lambda: raw[:3] + b"\x02" + raw[4:],
-            "count": lambda: raw[:4] + b"\xff\xff\xff\xff" + raw[8:], "html": lambda: b"<html>not found</html>",
-            "size": lambda: raw[:8] + b"\x00\x00\x00\x1d" + raw[12:], "cut gzip": lambda: gzip.compress(raw)[:-20],
-            "bomb": lambda: gzip.compress(raw + bytes(2 * 10 ** 8), 1),
-            "bad gzip": lambda: gzip.compress(raw)[:30] + b"x" * 40}[kind]()
+DAMAGE = ["truncated", "longer", "empty", "magic", "dimensions", "count", "size", "html", "bomb"]
+DAMAGE += ["cut gzip", "bad gzip"]
 
 
-@pytest.mark.parametrize("kind", ["truncated", "longer", "empty", "magic", "dimensions", "count", "size", "html",
-                                  "bomb", "cut gzip", "bad gzip"])
+def damage(raw, kind):
+    """The bytes of a damaged file."""
+    if kind == "truncated":
+        return raw[:-5]
+    if kind == "longer":
+        return raw + b"0"
+    if kind == "empty":
+        return b""
+    if kind == "magic":
+        return b"\x00\x00\x0d" + raw[3:]
+    if kind == "dimensions":
+        return raw[:3] + b"\x02" + raw[4:]
+    if kind == "count":
+        return raw[:4] + b"\xff\xff\xff\xff" + raw[8:]
+    if kind == "size":
+        return raw[:8] + b"\x00\x00\x00\x1d" + raw[12:]
+    if kind == "html":
+        return b"<html>not found</html>"
+    if kind == "bomb":
+        return gzip.compress(raw + bytes(2 * 10**8), 1)
+    if kind == "cut gzip":
+        return gzip.compress(raw)[:-20]
+    return gzip.compress(raw)[:30] + b"x" * 40  # bad gzip
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_idx_file_is_named(tmp_path, kind):
     images, labels = synthetic_digits(12, seed=0)
-    write_idx(tmp_path / "train-images-idx3-ubyte", images)
-    write_idx(tmp_path / "train-labels-idx1-ubyte", labels.to(torch.uint8))
+    write_digits(tmp_path, images, labels)
     path = tmp_path / "train-images-idx3-ubyte"
-    path.write_bytes(damaged(path.read_bytes(), kind))
+    path.write_bytes(damage(path.read_bytes(), kind))
     with pytest.raises(UserError, match="train-images-idx3-ubyte"):
         load_variant("wildlife_mnist", tmp_path)
 
 
 def test_images_and_labels_that_do_not_belong_together(tmp_path):
     images, labels = synthetic_digits(12, seed=0)
-    write_idx(tmp_path / "train-images-idx3-ubyte", images)
-    write_idx(tmp_path / "train-labels-idx1-ubyte", labels[:11].to(torch.uint8))
-    with pytest.raises(UserError, match="do not belong together"):
-        load_variant("wildlife_mnist", tmp_path)
-    write_idx(tmp_path / "train-labels-idx1-ubyte", (labels + 5).to(torch.uint8))
-    with pytest.raises(UserError, match="do not belong together"):
-        load_variant("wildlife_mnist", tmp_path)
+    for wrong in (labels[:11], labels + 5):
+        write_digits(tmp_path, images, wrong)
+        with pytest.raises(UserError, match="do not belong together"):
+            load_variant("wildlife_mnist", tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# Textures
 
 
 def make_textures(folder, count=10):
     for kind, images in zip(("object", "background"), synthetic_textures(seed=1, size=40)):
         (folder / kind).mkdir(parents=True)
-        for number, image in enumerate(images[:count]):
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / kind / f"{number}.png")
+        for index, image in enumerate(images[:count]):
+            picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+            picture.save(folder / kind / f"{index}.png")
 
 
 def test_a_folder_of_textures(tmp_path, digits_dir):
@@ -145,6 +216,72 @@ def test_a_folder_of_textures(tmp_path, digits_dir):
             load_variant("wildlife_mnist", digits_dir, textures=str(tmp_path / folder))
 
 
-def test_offline_needs_no_folder(tmp_path):
-    train, test = load_variant("colored_mnist", tmp_path / "nowhere", offline=True)
-    assert len(train) == 5 * len(test) >= 20_000 and train.labels.bincount().min() > 0.08 * len(train)
+# --------------------------------------------------------------------------------------------------
+# Counterfactuals
+
+
+def write_counterfactuals(folder, sizes, *, value=0, **changes):
+    """A data set of generate.py whose chunks have these sizes; all pixels are `value`."""
+    folder.mkdir()
+    for index, size in enumerate(sizes):
+        chunk = {
+            "images": torch.full((size, 3, 32, 32), value, dtype=torch.uint8),
+            "labels": torch.full((size, 3), index, dtype=torch.uint8),
+        }
+        torch.save(chunk, folder / f"chunk_{index:05d}.pt")
+    description = {
+        "n": sum(sizes),
+        "chunks": len(sizes),
+        "dataset": "colored_mnist",
+        "offline": False,
+    }
+    (folder / "dataset.json").write_text(json.dumps(description | changes))
+    return folder
+
+
+def load_folders(*folders):
+    return mnist.load_counterfactuals(folders, "colored_mnist", False, torch.device("cpu"))
+
+
+def test_counterfactuals_of_several_folders_are_joined(tmp_path):
+    first = write_counterfactuals(tmp_path / "first", [3, 2], value=1)
+    second = write_counterfactuals(tmp_path / "second", [4], value=2, dataset=None)
+    images, labels = load_folders(first, str(second))
+    assert images.dtype == torch.uint8
+    assert images.shape == (9, 3, 32, 32)
+    assert images[:, 0, 0, 0].tolist() == [1] * 5 + [2] * 4
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [0, 0, 0, 1, 1, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "sizes, changes, message",
+    [
+        ([3], {"dataset": "wildlife_mnist"}, "made for wildlife_mnist, not colored_mnist"),
+        ([3], {"offline": True}, "made from --offline weights"),
+        ([3], {"n": "three"}, "no complete data set"),
+        ([3], {"n": 4}, "3 images where dataset.json promises 4"),
+        ([3, 2], {"n": 4}, "chunk_00001.pt: not a chunk of this data set"),
+        ([3], {"chunks": 2}, "chunk_00001.pt: no such file"),
+    ],
+)
+def test_a_wrong_folder_of_counterfactuals_is_named(tmp_path, sizes, changes, message):
+    right = write_counterfactuals(tmp_path / "right", [2])
+    wrong = write_counterfactuals(tmp_path / "wrong", sizes, **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        load_folders(right, wrong)
+    assert str(wrong) in str(caught.value)
+
+
+def test_damaged_counterfactuals(tmp_path):
+    folder = write_counterfactuals(tmp_path / "cf", [3])
+    torch.save({"images": torch.zeros(3, 3, 32, 32)}, folder / "chunk_00000.pt")
+    with pytest.raises(UserError, match="chunk_00000.pt: not a chunk"):
+        load_folders(folder)
+    for text in ("[]", "{", "{}", '{"n": 0, "chunks": 0}'):
+        (folder / "dataset.json").write_text(text)
+        with pytest.raises(UserError, match="cf: no complete data set"):
+            load_folders(folder)
+    (folder / "dataset.json").unlink()
+    with pytest.raises(UserError, match="cf: no complete data set"):
+        load_folders(folder)

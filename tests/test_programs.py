@@ -1,0 +1,137 @@
+"""The programs beside the three scripts, and which file may import which."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run
+
+SCRIPTS = {"train_cgn", "generate", "train_classifier"}
+PROGRAMS = sorted(
+    path.relative_to(ROOT)
+    for pattern in ("kernels/benchmark*.py", "kernels/compile_check.py", "data/pretrained/*.py")
+    for path in ROOT.glob(pattern)
+)
+MODULES = sorted(
+    path.relative_to(ROOT)
+    for folder in ("data", "kernels")
+    for path in (ROOT / folder).glob("*.py")
+    if path.relative_to(ROOT) not in PROGRAMS
+)
+
+# The modules of data/. Each may import those before it, and kernels.
+LAYERS = (
+    "data.runs",
+    "data.synthetic",
+    "data.download",
+    "data.weights",
+    "data.mnist",
+    "data.imagenet",
+    "data.pictures",
+    "data.checkpoints",
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# Command lines
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=str)
+def test_program_describes_itself(program):
+    output = run(program, "--help").stdout
+    assert output.startswith("usage: ") and program.name in output
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=str)
+def test_program_refuses_unknown_and_abbreviated_flags(program):
+    # What the program cannot do without comes first: it would be the complaint otherwise.
+    needed = {"scenes.py": ["--out", "x"], "halve.py": ["x", "y"]}.get(program.name, [])
+    error = run(program, *needed, "--unknown", "--hel", expect=2).stderr
+    assert "error: unrecognized arguments: --unknown --hel" in error
+
+
+# --------------------------------------------------------------------------------------------------
+# Imports
+
+
+def module_name(path):
+    """kernels/eager.py -> kernels.eager, kernels/__init__.py -> kernels."""
+    parts = path.with_suffix("").parts
+    if parts[-1] == "__init__":
+        parts = parts[:-1]
+    return ".".join(parts)
+
+
+def imported_modules(path):
+    """The files of the repository that one imports anywhere, by their modules' names."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                names.add(submodule if is_ours(submodule) else node.module)
+    return {name for name in names if is_ours(name)}
+
+
+def is_ours(name):
+    """Whether a module's name is that of a file or package of the repository."""
+    path = ROOT / name.replace(".", "/")
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def test_imports_are_found():
+    assert imported_modules(Path("kernels/benchmark_step.py")) >= {
+        "train_cgn",
+        "data.weights",
+        "kernels",
+    }
+    assert imported_modules(Path("kernels/eager.py")) >= {"kernels.composite", "kernels.gram"}
+    assert len(PROGRAMS) >= 6 and len(MODULES) >= 10
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_module_imports_no_script(path):
+    assert not imported_modules(path) & SCRIPTS
+
+
+def test_nobody_imports_a_program():
+    programs = {module_name(path) for path in PROGRAMS}
+    scripts = [Path(f"{name}.py") for name in sorted(SCRIPTS)]
+    for path in (*scripts, *MODULES, *PROGRAMS):
+        assert not imported_modules(path) & programs, path
+
+
+def test_imports_have_no_circle():
+    graph = {module_name(path): imported_modules(path) for path in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the circle
+
+
+def test_imports_go_down_the_layers():
+    for path in MODULES:
+        name = module_name(path)
+        imported = imported_modules(path)
+        if path.parts[0] == "kernels":
+            assert not {other for other in imported if other.startswith("data")}, path
+        elif name != "data":
+            below = set(LAYERS[: LAYERS.index(name)])
+            above = {other for other in imported if other.startswith("data")} - below
+            assert not above, f"{name} imports {above}"
+
+
+# Files that can be copied alone repeat two helpers of a few lines.
+SHARED_NAMES = {"main", "parse_args", "on_device", "empty_like"}
+
+
+def test_no_two_functions_share_a_name():
+    """A name found in one place is the only one of its kind."""
+    homes = {}
+    for path in (*sorted(Path(f"{name}.py") for name in SCRIPTS), *MODULES, *PROGRAMS):
+        for node in ast.parse((ROOT / path).read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                homes.setdefault(node.name, []).append(str(path))
+    shared = {name: paths for name, paths in homes.items() if len(paths) > 1}
+    assert shared.keys() <= SHARED_NAMES, shared

@@ -33,21 +33,8 @@ KILLS = [3, pytest.param(20, marks=SOAK)]
 
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed_trainings_end_the_same(tiny, tmp_path, kills):
-    flags = [
-        "--dataset",
-        "colored_mnist",
-        *tiny,
-        "--max-steps",
-        30 * kills,
-        "--log-every",
-        1,
-        "--save-every",
-        2,
-        "--sample-every",
-        20,
-        "--seed",
-        5,
-    ]
+    flags = ["--dataset", "colored_mnist", *tiny, "--max-steps", 20 * kills, "--seed", 5]
+    flags += ["--log-every", 1, "--save-every", 2, "--sample-every", 20]
     check_kills("train_cgn.py", flags, tmp_path, kills)
 
 

@@ -25,7 +25,7 @@ from conftest import (
 )
 from PIL import Image
 
-from data import runs
+from data import runs, weights
 from data.mnist import COLORS, VARIANTS
 from train_cgn import PUBLISHED, TUNED, border_loss, load_generator, parse_args
 from train_classifier import random_affine
@@ -258,9 +258,11 @@ def test_published_settings_and_other_discriminators_train(tmp_path, tiny):
 
 
 def test_style_loss_in_every_other_step(tmp_path, tiny):
-    """Offline, so that there are features: logged in the steps that have it, and twice as much."""
-    flags = ["--dataset", "colored_mnist", *tiny, "--offline", "--style-weights", 1, 0, 0, 0]
-    flags += "--warmup 0 --lr 0 --norm-lr 0 --max-steps 4 --log-every 1".split()
+    """Logged in the steps that have it, and twice as much."""
+    torch.save(weights.random_vgg16_features(2), tmp_path / "vgg16_features.pth")
+    flags = ["--dataset", "colored_mnist", *tiny, "--weights-dir", tmp_path]
+    flags += "--style-weights 1 0 0 0 --warmup 0 --lr 0 --norm-lr 0".split()
+    flags += "--max-steps 4 --log-every 1".split()
     logs = []
     for every in (1, 2):
         out = tmp_path / str(every)
@@ -282,9 +284,9 @@ def test_other_seed_other_weights(tmp_path, tiny):
 
 @pytest.fixture(scope="module")
 def undisturbed(tiny, tmp_path_factory):
-    """Flags of a training of 80 steps, and its last checkpoint."""
+    """Flags of a training of 50 steps, and its last checkpoint."""
     flags = ["--dataset", "colored_mnist", *tiny]
-    flags += "--max-steps 80 --log-every 1 --save-every 5".split()
+    flags += "--max-steps 50 --log-every 1 --save-every 5".split()
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     run("train_cgn.py", *flags, "--out", out)
     return flags, load(out / "checkpoint.pt")
@@ -301,13 +303,13 @@ def test_interrupted_training_resumes_to_the_same_end(tmp_path, undisturbed, num
     os.kill(process.pid, number)
     process.join()
     step = load(tmp_path / "cut" / "checkpoint.pt")["step"]
-    assert 10 <= step < 80 and process.exitcode == 0
+    assert 10 <= step < 50 and process.exitcode == 0
     message = f"stopped after step {step}; resume with the same command and --resume"
     assert message in output[0].read_text()
     run("train_cgn.py", *flags, "--resume", "--out", tmp_path / "cut")
     assert same(without_args(whole), without_args(load(tmp_path / "cut" / "checkpoint.pt")))
     steps = [line["step"] for line in read_log(tmp_path / "cut")]
-    assert steps == list(range(1, 81))
+    assert steps == list(range(1, 51))
 
 
 def test_generation_resumes(trained, tmp_path):

@@ -33,21 +33,21 @@ KILLS = [3, pytest.param(20, marks=SOAK)]
 
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed_trainings_end_the_same(tiny, tmp_path, kills):
-    flags = ["--dataset", "colored_mnist", *tiny, "--max-steps", 20 * kills, "--seed", 5]
+    flags = ["--dataset", "colored_mnist", *tiny, "--max-steps", 15 * kills, "--seed", 5]
     flags += ["--log-every", 1, "--save-every", 2, "--sample-every", 20]
     check_kills("train_cgn.py", flags, tmp_path, kills)
 
 
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed_generations_end_the_same(untrained, tmp_path, kills):
-    flags = ["--weights", untrained, "--n", 1_500 * kills, "--device", "cpu"]
+    flags = ["--weights", untrained, "--n", 1_000 * kills, "--device", "cpu"]
     check_kills("generate.py", flags, tmp_path, kills)
 
 
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed_classifiers_end_the_same(digits_dir, tmp_path, kills):
     flags = ["--dataset", "double_colored_mnist", "--data-dir", digits_dir, "--device", "cpu"]
-    flags += ["--seeds", 3, 4, "--augment", 1, "--epochs", 2 * kills]
+    flags += ["--seeds", 3, 4, "--augment", 1, "--epochs", kills + 1]
     flags += ["--log-every", 7, "--save-every", 5]  # within the epochs, too
     check_kills("train_classifier.py", flags, tmp_path, kills)
 
@@ -68,7 +68,7 @@ def test_killed_imagenet_generations_end_the_same(small_cgn, tmp_path):
 
 @pytest.mark.parametrize("script", ["generate.py", "train_classifier.py"])
 def test_sigterm_finishes_the_step_and_saves(untrained, digits_dir, tmp_path, script):
-    flags = ["--weights", untrained, "--n", 4_001, "--device", "cpu"]
+    flags = ["--weights", untrained, "--n", 4_001, "--device", "cpu"]  # three chunks
     begun = "chunk_00000.pt"
     if script == "train_classifier.py":
         flags = ["--dataset", "wildlife_mnist", "--data-dir", digits_dir, "--device", "cpu"]
@@ -163,7 +163,7 @@ def check_full_disk(script, flags, out, limit):
 
 
 def test_full_disk_while_generating(untrained, tmp_path):
-    flags = ["--weights", untrained, "--n", 4_000, "--device", "cpu"]
+    flags = ["--weights", untrained, "--n", 2_200, "--device", "cpu"]
     check_full_disk("generate.py", flags, tmp_path / "set", 1_000_000)
 
 

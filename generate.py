@@ -165,9 +165,11 @@ def generate_dataset(cgn, args, settings, description, device):
         print(f"\r{stop}/{args.n} images", end="", flush=True)
     summary = settings._asdict() | {"n": args.n, "chunks": len(starts)} | description
     runs.write_json(args.out / "dataset.json", summary)
+    dataset = description["dataset"] or "NAME"  # published weights do not say
+    offline = "--offline " if description["offline"] else ""
     print(
-        f"\n{args.out}: {args.n} images; next: python train_classifier.py --dataset "
-        f"{description['dataset']} --train counterfactual --counterfactual {args.out}"
+        f"\n{args.out}: {args.n} images; next: python train_classifier.py --dataset {dataset} "
+        f"{offline}--train counterfactual --counterfactual {args.out} --out runs/classifier"
     )
 
 

@@ -25,6 +25,7 @@ from conftest import (
 )
 from PIL import Image
 
+import train_classifier
 from data import runs, weights
 from data.mnist import COLORS, VARIANTS
 from train_cgn import PUBLISHED, TUNED, border_loss, load_generator, parse_args
@@ -69,8 +70,10 @@ def test_offline_chain_from_nothing(tmp_path):
     assert description["args"]["discriminator"] == "strided"
 
     weights = tmp_path / "cgn" / "weights.pt"
-    run("generate.py", "--weights", weights, "--n", 300, "--out", tmp_path / "cf")
+    done = run("generate.py", "--weights", weights, "--n", 300, "--out", tmp_path / "cf")
     assert json.loads((tmp_path / "cf" / "dataset.json").read_text())["offline"]
+    hint = shlex.split(done.stdout.rpartition("python train_classifier.py")[2])
+    assert train_classifier.parse_args(hint).offline
 
     flags = "--train both --epochs 1 --epoch-steps 20 --seeds 0 1".split()
     data = ["--counterfactual", tmp_path / "cf"]

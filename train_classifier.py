@@ -996,7 +996,7 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
             extra["loss_sum"] = torch.zeros((), device=device)
             extra["best"] = max(extra["best"], accuracy)
         if better:
-            training.save_weights("weights_best.pt")
+            training.save_weights("weights_best.pt", training.content())
         training.save()
     if rows is None:  # resumed when all was done
         rows = evaluate(ensemble, PREDICTIONS, tests, args, device)

@@ -186,7 +186,7 @@ class Training:
             window[name] = runs.mean_over_ranks(torch.stack(values))
         content = self.content()
         if self.written:
-            self.save_weights("weights.pt")
+            self.save_weights("weights.pt", content)
         if not runs.is_main_rank():
             return
         content["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
@@ -199,13 +199,12 @@ class Training:
         if self.draw_sheet:
             self.save_sheet(self.out / "sheet.png")
 
-    def save_weights(self, file):
-        """Write what a reader of the weights needs, without what only training needs."""
-        content = self.content()
-        for name in self.networks.keys() - set(self.written):
-            del content[name]
+    def save_weights(self, file, content):
+        """Write what a reader of the weights needs of `content`: no networks of training alone."""
+        unwritten = self.networks.keys() - set(self.written)
+        kept = {name: value for name, value in content.items() if name not in unwritten}
         if runs.is_main_rank():
-            runs.save_tensors(self.out / file, content)
+            runs.save_tensors(self.out / file, kept)
 
     def content(self):
         """The networks' states, arguments, step, and extra values, tensors as means over ranks."""

@@ -70,7 +70,7 @@ def shared_flags(parser):
     )
     training.add_argument(
         "--epoch-steps", type=runs.positive_int,
-        help="steps in an epoch at most; all images once if not given",
+        help="steps in an epoch; all images once if not given",
     )
     training.add_argument("--max-steps", type=runs.positive_int, help="all steps of the run")
     training.add_argument("--lr", type=runs.non_negative_float, help="in the first epoch")
@@ -222,6 +222,9 @@ class DigitData(NamedTuple):
     counterfactual: tuple | None  # images uint8 (n, 3, 32, 32) and labels (n,)
     test: mnist.MnistVariant
     test_sets: dict  # name -> images uint8 (n, 3, 32, 32) and labels (n,)
+    # Decorrelated images whose object and background share a class, (n,) bool; None if all
+    # backgrounds are black.
+    one_class: torch.Tensor | None
 
 
 def load_digit_data(args, device):
@@ -239,35 +242,41 @@ def load_digit_data(args, device):
         counterfactual = mnist.load_counterfactuals(
             args.counterfactual, args.dataset, args.offline, device
         )
+    decorrelated, (objects, backgrounds) = test.decorrelated_images(args.seed)
     test_sets = {
-        "decorrelated": (test.all_images(args.seed, decorrelated=True), test.labels),
+        "decorrelated": (decorrelated, test.labels),
         "correlated": (test.all_images(args.seed), test.labels),
         "biased": (original.all_images(args.seed)[-5000:], original.labels[-5000:]),
     }
-    return DigitData(original, counterfactual, test, test_sets)
+    black = mnist.VARIANTS[args.dataset]["backgrounds"] == mnist.BLACK
+    one_class = None if black else objects == backgrounds
+    return DigitData(original, counterfactual, test, test_sets, one_class)
 
 
-def training_images(args, data, epoch):
-    """Images of one epoch, uint8 (n, 3, 32, 32), and labels (n,).
+def training_images(args, data, turns):
+    """All training images in some turns, uint8 (n, 3, 32, 32), and labels (n,).
 
-    The colors of original digits are drawn anew in each epoch, where the variant does so.
+    turns: a range. The colors of original digits are drawn anew in each, where the variant does so.
     """
     images, labels = [], []
-    if args.train != "counterfactual":
-        decorrelated = args.train == "decorrelated"
-        seed = args.seed + 1000 + epoch
-        images.append(data.original.all_images(seed, decorrelated=decorrelated))
-        labels.append(data.original.labels)
-    if args.train in ("counterfactual", "both"):
-        images.append(data.counterfactual[0])
-        labels.append(data.counterfactual[1])
+    for turn in turns:
+        seed = args.seed + 1000 + turn
+        if args.train == "decorrelated":
+            images.append(data.original.decorrelated_images(seed)[0])
+            labels.append(data.original.labels)
+        elif args.train in ("original", "both"):
+            images.append(data.original.all_images(seed))
+            labels.append(data.original.labels)
+        if args.train in ("counterfactual", "both"):
+            images.append(data.counterfactual[0])
+            labels.append(data.counterfactual[1])
     if len(images) == 1:
         return images[0], labels[0]
     return torch.cat(images), torch.cat(labels)
 
 
 def count_training_images(args, data):
-    """How many images training_images returns."""
+    """How many images training_images returns in a turn."""
     count = 0
     if args.train != "counterfactual":
         count += len(data.original)
@@ -303,21 +312,26 @@ def random_affine(images, strength, generator):
 
 
 @torch.no_grad()
-def accuracy(classifier, images, labels):
-    """Percent of correct predictions in eval mode. images: uint8 (n, 3, 32, 32)."""
+def correct_predictions(classifier, images, labels):
+    """Which predictions are correct in eval mode, bool (n,). images: uint8 (n, 3, 32, 32)."""
     classifier.eval()
-    correct = 0
-    for x, y in zip(images.split(1000), labels.split(1000)):
-        correct = correct + (classifier(mnist.to_float(x)).argmax(1) == y).sum()
-    return 100 * correct.item() / len(labels)
+    batches = zip(images.split(1000), labels.split(1000))
+    return torch.cat([classifier(mnist.to_float(x)).argmax(1) == y for x, y in batches])
 
 
 def measure_digits(classifier, data):
-    """Accuracy on each test set, by name."""
-    metrics = {}
+    """Accuracy in percent on each test set, by name, and on two parts of the decorrelated one.
+
+    Where object and background share a class, as in all biased images, a classifier that has seen
+    biased images may follow it; where they differ, that does not help.
+    """
+    correct = {}
     for name, (images, labels) in data.test_sets.items():
-        metrics[name] = accuracy(classifier, images, labels)
-    return metrics
+        correct[name] = correct_predictions(classifier, images, labels)
+    if data.one_class is not None:
+        correct["one class"] = correct["decorrelated"][data.one_class]
+        correct["two classes"] = correct["decorrelated"][~data.one_class]
+    return {name: 100 * values.sum().item() / len(values) for name, values in correct.items()}
 
 
 def load_classifier(classifier, path):
@@ -362,8 +376,9 @@ def train_digits(args, seed, out, data, device, stop):
     optimizer = torch.optim.Adadelta(parameters, lr=args.lr)
 
     batch_size = args.batch_size
-    steps_per_epoch = math.ceil(count_training_images(args, data) / batch_size)
-    steps_per_epoch = min(steps_per_epoch, args.epoch_steps or steps_per_epoch)
+    steps_per_turn = math.ceil(count_training_images(args, data) / batch_size)
+    steps_per_epoch = args.epoch_steps or steps_per_turn
+    turns = math.ceil(steps_per_epoch / steps_per_turn)  # in which an epoch takes all images
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     path, content = checkpoints.read_checkpoint(out, args.resume)
     training = checkpoints.Training(
@@ -381,7 +396,7 @@ def train_digits(args, seed, out, data, device, stop):
     extra = training.extra
 
     for epoch in range(extra["epoch"], math.ceil(last_step / steps_per_epoch)):
-        images, labels = training_images(args, data, epoch)
+        images, labels = training_images(args, data, range(epoch * turns, (epoch + 1) * turns))
         shuffle = runs.seeded_generator(seed, "classifier order", epoch)
         order = torch.randperm(len(labels), generator=shuffle).to(device)
         optimizer.param_groups[0]["lr"] = args.lr * args.gamma**epoch

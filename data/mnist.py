@@ -316,26 +316,24 @@ class MnistVariant:
         pixels = crops.view(-1, SIZE).index_select(0, index.flatten())
         return pixels.view(-1, 3, SIZE, SIZE)
 
-    def images(self, index, generator, *, decorrelated=False):
+    def images(self, index, generator, classes=None):
         """Draw the images of `index`, int64 (n,): uint8 (n, 3, 32, 32).
 
-        decorrelated: classes of object and background are drawn uniformly, instead of following the
-        digit's label.
+        classes: of the objects' and the backgrounds' colors or textures, int64 (2, n). None: those
+        of the labels, in which the training images are drawn.
         """
         digits = self.digits.index_select(0, index)
-        classes = [self.labels[index]] * 2
-        if decorrelated:
-            size = (2, len(index))
-            classes = torch.randint(10, size, generator=generator, device=digits.device)
+        own = self.labels[index]
+        object_class, background_class = (own, own) if classes is None else classes
         if self.crops:
-            foreground = self.draw_crops(0, classes[0], generator)
-            background = self.draw_crops(1, classes[1], generator)
-        elif self.fixed and not decorrelated:
+            foreground = self.draw_crops(0, object_class, generator)
+            background = self.draw_crops(1, background_class, generator)
+        elif self.fixed and classes is None:
             foreground = self.fixed[0][index]
             background = self.fixed[1][index]
         else:
-            foreground = self.draw_colors(0, classes[0], generator)
-            background = self.draw_colors(1, classes[1], generator)
+            foreground = self.draw_colors(0, object_class, generator)
+            background = self.draw_colors(1, background_class, generator)
         if self.binary:
             # Bytes wrap round, so this is exact; torch.where is 14 times slower on bytes.
             foreground = foreground.to(torch.uint8)
@@ -343,14 +341,24 @@ class MnistVariant:
             return (foreground - background) * digits + background
         return compose(digits / 255, foreground, background).round_().to(torch.uint8)
 
-    def all_images(self, seed, *, decorrelated=False):
+    def all_images(self, seed):
         """Every image of the split in order, uint8 (n, 3, 32, 32): the same for the same seed."""
         generator = torch.Generator(self.labels.device).manual_seed(seed)
         index = torch.arange(len(self), device=self.labels.device)
-        batches = [
-            self.images(part, generator, decorrelated=decorrelated) for part in index.split(1000)
-        ]
-        return torch.cat(batches)
+        return torch.cat([self.images(part, generator) for part in index.split(1000)])
+
+    def decorrelated_images(self, seed):
+        """As all_images, but the classes of colors or textures are drawn uniformly, whatever the
+        digit's label. Returns those of object and background as well, int64 (2, n).
+        """
+        device = self.labels.device
+        generator = torch.Generator(device).manual_seed(seed)
+        images, classes = [], []
+        for part in torch.arange(len(self), device=device).split(1000):
+            drawn = torch.randint(10, (2, len(part)), generator=generator, device=device)
+            images.append(self.images(part, generator, drawn))
+            classes.append(drawn)
+        return torch.cat(images), torch.cat(classes, 1)
 
 
 def load_variant(name, data_dir, *, textures=None, offline=False, seed=0, device="cpu"):

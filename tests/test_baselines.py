@@ -147,7 +147,7 @@ def test_several_counterfactual_sets_are_used_together(colored, counterfactuals,
         argv = [str(flag) for flag in (*flags, "--train", train)]
         args = train_classifier.parse_args(argv)
         data = train_classifier.load_digit_data(args, torch.device("cpu"))
-        found, y = train_classifier.training_images(args, data, 0)
+        found, y = train_classifier.training_images(args, data, range(1))
         assert len(found) == len(y) == count
         assert train_classifier.count_training_images(args, data) == count
         assert torch.equal(found[-1000:], images)

@@ -5,6 +5,7 @@ This file has two parts, each whole without the other. MNIST variants:
     python generate.py                                    # pictures, of the bundled weights
     python generate.py --dataset wildlife_mnist --n 100000 --out runs/wildlife-cf     # a data set
     python generate.py --weights runs/first/weights.pt --n 100000 --out runs/first-cf
+    python generate.py --shapes real --n 450000 --out runs/real-cf         # shapes of real digits
 
 A data set is a folder of chunk_00000.pt, chunk_00001.pt, ..., each with `images`, uint8 (n, 3, 32,
 32), and `labels`, uint8 (n, 3): the classes of shape, texture and background. dataset.json is
@@ -21,6 +22,7 @@ image i depends on the seed, the settings and i alone: an interrupted run contin
 import argparse
 import concurrent.futures
 import csv
+import hashlib
 import io
 import json
 import math
@@ -100,19 +102,69 @@ class Settings(NamedTuple):
     jitter: float  # standard deviation of the shift of a texture's color, colors from 0 to 1
     factual: bool  # one latent and one class for all three mechanisms
     weights_sha256: str
+    images_sha256: str  # of the real images whose shapes are used; empty for generated shapes
+
+
+class RealShapes(NamedTuple):
+    """Masks that the segmenter found in real images."""
+
+    masks: torch.Tensor  # uint8 (n, 1, 32, 32), 255 where the object is
+    labels: torch.Tensor  # (n,), classes
+    images: torch.Tensor  # uint8 (n, 3, 32, 32), on the CPU
+    left_out: int  # images without an object
+
+
+def find_real_shapes(args, segmenter, dataset, offline, device):
+    """The shapes of the biased training images, without those that are held out.
+
+    They are drawn on the CPU, so that all devices see the same images. Masks that cannot be an
+    object are left out.
+    """
+    data, _ = mnist.load_variant(
+        dataset, args.data_dir, textures=args.textures, offline=offline, seed=args.seed
+    )
+    count = len(data) - data.held_out
+    images = data.all_images(args.seed)[:count]
+    labels = data.labels[:count]
+    parts = [train_cgn.find_masks(segmenter, part.to(device)) for part in images.split(5000)]
+    masks = torch.cat(parts)
+    good = is_object(masks).cpu()
+    left_out = count - int(good.sum())
+    print(f"{count} real images, {left_out} left out: no object found")
+    if not good.any():
+        raise runs.UserError(
+            "--shapes real: the segmenter found no object in any training image; look at the "
+            "training's segmentation.png"
+        )
+    return RealShapes(masks[good.to(device)], labels[good].to(device), images[good], left_out)
+
+
+def is_object(masks):
+    """Which masks, uint8 (n, 1, 32, 32), may be an object: neither empty, nor nearly full, nor a
+    background, whose frame is filled. Returns bool (n,).
+    """
+    masks = masks / 255
+    mean = masks.mean((1, 2, 3))
+    frame = train_cgn.frame_pixels(masks).mean((1, 2))
+    return (mean > 0.01) & (mean < 0.9) & (frame < 0.5)
 
 
 @torch.inference_mode()
-def generate_batch(cgn, settings, start, stop, device):
+def generate_batch(cgn, settings, start, stop, device, real=None):
     """Images start to stop - 1 of a data set, uint8 (n, 3, 32, 32), and labels, uint8 (n, 3).
 
-    Both lie on the CPU.
+    real: RealShapes to take in turn, in place of the generator's. Images and labels lie on the CPU.
     """
     per_shape = settings.per_shape
     shape_index = torch.arange(start, stop, device=device) // per_shape
     first = start // per_shape
     last = (stop - 1) // per_shape + 1
-    masks, shapes = run_mechanism(cgn.mask, settings.seed, SHAPE, first, last, device)
+    if real:
+        index = torch.arange(first, last, device=device) % len(real.labels)
+        masks = real.masks[index] / 255
+        shapes = real.labels[index]
+    else:
+        masks, shapes = run_mechanism(cgn.mask, settings.seed, SHAPE, first, last, device)
     mask = masks[shape_index - first]  # (n, 1, 32, 32)
     foreground, textures = generate_texture(cgn.foreground, settings, TEXTURE, start, stop, device)
     background, backgrounds = generate_texture(
@@ -135,10 +187,10 @@ def generate_texture(mechanism, settings, stream, start, stop, device):
     return texture.clamp_(-1, 1), y
 
 
-def generate_dataset(cgn, args, settings, description, device):
+def generate_dataset(cgn, args, settings, description, device, real=None):
     """Write the chunks that are missing, then dataset.json. Memory stays that of one chunk.
 
-    description: further entries of dataset.json.
+    description: further entries of dataset.json. real: see generate_batch.
     """
     stop_signal = runs.StopSignal()
     starts = range(0, args.n, CHUNK)
@@ -157,7 +209,9 @@ def generate_dataset(cgn, args, settings, description, device):
         images, labels = [], []
         for first in range(start, stop, args.batch_size):
             last = min(first + args.batch_size, stop)
-            batch_images, batch_labels = generate_batch(cgn, settings, first, last, device)
+            batch_images, batch_labels = generate_batch(
+                cgn, settings, first, last, device, real
+            )
             images.append(batch_images)
             labels.append(batch_labels)
         content = {"images": torch.cat(images), "labels": torch.cat(labels), "settings": own}
@@ -277,6 +331,13 @@ def generate_mnist(args, device):
             "OFFLINE weights: trained on synthetic digits. No image of them says anything of MNIST."
         )
     cgn.to(device)
+    dataset = args.dataset or trained.get("dataset")
+    real = None
+    if args.shapes == "real":
+        if not dataset:
+            raise runs.UserError(f"--shapes real: {weights} does not say its --dataset; give it")
+        segmenter = train_cgn.load_segmenter(weights).to(device)
+        real = find_real_shapes(args, segmenter, dataset, offline, device)
     sha256 = runs.file_sha256(weights)
     settings = Settings(
         seed=args.seed,
@@ -284,9 +345,12 @@ def generate_mnist(args, device):
         jitter=0.0 if args.factual else args.jitter,
         factual=args.factual,
         weights_sha256=sha256,
+        images_sha256=hashlib.sha256(real.images.numpy()).hexdigest() if real else "",
     )
     description = {
-        "dataset": args.dataset or trained.get("dataset"),
+        "shapes": args.shapes,
+        "left_out": real.left_out if real else 0,
+        "dataset": dataset,
         "offline": offline,
         "weights": str(weights),
     }
@@ -294,7 +358,13 @@ def generate_mnist(args, device):
         arguments = vars(args) | description | {"weights_sha256": sha256}
         runs.describe_run(args.out, __file__, arguments)
         if args.n:
-            generate_dataset(cgn, args, settings, description, device)
+            generate_dataset(cgn, args, settings, description, device, real)
+        elif real:
+            sheet = pictures.segmentation_sheet(
+                cgn, real.images.to(device), real.masks, real.labels
+            )
+            pictures.save_png(args.out / "segmentation.png", sheet)
+            print(f"{args.out}: segmentation.png")
         else:
             write_sheets(cgn, args, device)
 
@@ -305,6 +375,19 @@ def generate_mnist(args, device):
 
 def parse_mnist(parser, argv):
     """The arguments of a MNIST variant."""
+    parser.add_argument(
+        "--shapes", choices=["generated", "real"], default="generated",
+        help="of the counterfactuals: the generator's, or those that its segmenter finds in the "
+        "biased training images",
+    )
+    source = parser.add_argument_group("training images (with --shapes real)")
+    source.add_argument(
+        "--data-dir", type=Path, default=runs.DOWNLOADS,
+        help="folder with MNIST's files; fetched if missing",
+    )
+    source.add_argument(
+        "--textures", help="of wildlife MNIST: folder with object/ and background/, or 'dtd'"
+    )
     data = parser.add_argument_group("data set (with --n)")
     data.add_argument(
         "--n", type=runs.positive_int, help="images in the data set; without, sheets to look at"
@@ -333,6 +416,10 @@ def parse_mnist(parser, argv):
         runs.refuse_flags(parser, mixing, args, "needs --n")
     if args.factual:
         runs.refuse_flags(parser, mixing, args, "has no meaning with --factual")
+    if args.shapes == "generated":
+        runs.refuse_flags(parser, source, args, "needs --shapes real")
+    elif args.factual:
+        parser.error("--factual: has no meaning with --shapes real")
     return args
 
 

@@ -14,7 +14,7 @@ hour on one CPU core), and ImageNet at 256 x 256 (one GPU, or several through to
 
 `--dataset NAME --help` shows the flags and defaults of that data set. The run folder gets
 args.json, log.jsonl, sheet.png, samples/, checkpoint.pt (everything, to resume) and weights.pt
-(for generate.py).
+(for generate.py); on MNIST also segmentation.png and segmenter/.
 """
 
 import argparse
@@ -31,6 +31,7 @@ from data import checkpoints, download, mnist, pictures, runs, weights
 from data.weights import ConvNormReLU, U2Net, VGG16Features
 from kernels import (
     UpsampleConv2d,
+    compose,
     composite_losses_and_copy,
     draw_patch_windows,
     normalize_weight,
@@ -129,7 +130,10 @@ def common_flags(parser):
         "--resume", nargs="?", const="auto", metavar="FILE",
         help="continue from OUT/checkpoint.pt if it is there, or from FILE",
     )
-    run.add_argument("--max-steps", type=runs.positive_int, help="all steps of the run")
+    run.add_argument(
+        "--max-steps", type=runs.non_negative_int,
+        help="all steps of the run; 0 with --weights on MNIST: train only their segmenter",
+    )
     run.add_argument(
         "--batch-size", type=runs.positive_int, help="images in a batch, over all GPUs together"
     )
@@ -197,6 +201,7 @@ PUBLISHED_COMMON = dict(
     border_weight=0.0,
     frame_weight=0.0,
     warmup=0,
+    segmenter_steps=0,
     labels="uniform",
     batch_size=16,
     epochs=15,
@@ -371,6 +376,43 @@ class StridedDiscriminator(nn.Module):
         return self.model(x).gather(1, y[:, None])
 
 
+class Segmenter(nn.Module):
+    """Image (N, 3, 32, 32) in [-1, 1] -> logits of its mask (N, 1, 32, 32): a small U-Net.
+
+    Not in the paper: it learns from the generator's images, whose masks are known, and then finds
+    the object in real ones.
+    """
+
+    def __init__(self, width=16):
+        super().__init__()
+        self.down1 = two_convolutions(3, width)  # (N, 16, 32, 32)
+        self.down2 = two_convolutions(width, 2 * width)  # (N, 32, 16, 16)
+        self.bottom = two_convolutions(2 * width, 4 * width)  # (N, 64, 8, 8)
+        self.up2 = two_convolutions(6 * width, 2 * width)  # (N, 32, 16, 16)
+        self.up1 = two_convolutions(3 * width, width)  # (N, 16, 32, 32)
+        self.out = nn.Conv2d(width, 1, 1)
+
+    def forward(self, x):
+        fine = self.down1(x)
+        middle = self.down2(F.max_pool2d(fine, 2))
+        coarse = self.bottom(F.max_pool2d(middle, 2))
+        middle = self.up2(torch.cat([middle, F.interpolate(coarse, scale_factor=2)], 1))
+        fine = self.up1(torch.cat([fine, F.interpolate(middle, scale_factor=2)], 1))
+        return self.out(fine)
+
+
+def two_convolutions(channels, width):
+    """(N, channels, H, W) -> (N, width, H, W)."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.ReLU(),
+    )
+
+
 DISCRIMINATORS = {
     "linear": LinearDiscriminator,
     "conv": ConvDiscriminator,
@@ -413,6 +455,20 @@ def load_generator(path, *, raw=False):
     cgn.load_state_dict(weights.check_state_dict(state, cgn.state_dict(), path))
     args = content.get("args", {})
     return cgn.eval(), args if isinstance(args, dict) else {}
+
+
+def load_segmenter(path):
+    """The segmenter in a weights.pt, in eval mode. UserError if there is none."""
+    content = runs.load_tensors(path)
+    if not isinstance(content, dict) or "segmenter" not in content:
+        raise runs.UserError(
+            f"{path}: holds no segmenter, which finds the shapes of real images; train one: python "
+            f"train_cgn.py --dataset NAME --weights {path} --max-steps 0 --out FOLDER"
+        )
+    segmenter = Segmenter()
+    state = weights.check_state_dict(content["segmenter"], segmenter.state_dict(), path)
+    segmenter.load_state_dict(state)
+    return segmenter.eval()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -611,6 +667,12 @@ def mnist_flags(parser, variant, preset):
         "weights and biases: they settle the background; none if one of the two weights is 0",
     )
 
+    group = parser.add_argument_group("MNIST: the segmenter, for generate.py --shapes real")
+    group.add_argument(
+        "--segmenter-steps", type=runs.non_negative_int, default=2000,
+        help="train it for so many steps after the generator, on the generator's images; 0: none",
+    )
+
     parser.set_defaults(ema=0.999, batch_size=32, log_every=100, sample_every=1000, save_every=1000)
     parser.set_defaults(**TUNED[variant])
     if preset == "published":
@@ -662,12 +724,12 @@ def train_mnist(args, device):
         raise runs.UserError(
             f"--batch-size {args.batch_size}: larger than the {len(data)} training images"
         )
-    last_step = args.max_steps or args.epochs * steps_per_epoch
+    last_step = args.epochs * steps_per_epoch if args.max_steps is None else args.max_steps
     # Without both of the losses that act during warm-up there is nothing to warm up with.
     warmup = args.warmup if args.border_weight and args.frame_weight else 0
 
     # Networks
-    vgg = load_vgg(args, device, bf16, args.style_weights)
+    vgg = load_vgg(args, device, bf16, args.style_weights) if last_step else None
     if args.weights:
         cgn, _ = load_generator(args.weights)
         cgn.train()
@@ -696,6 +758,8 @@ def train_mnist(args, device):
     )
     runs.describe_run(args.out, __file__, vars(args))
     print(f"{args.dataset}, {'bf16' if bf16 else 'float32'}, steps {training.step} to {last_step}")
+    if not last_step:
+        training.save()  # --weights as they are, for their segmenter
 
     order = None
     for step in range(training.step, last_step):
@@ -754,9 +818,118 @@ def train_mnist(args, device):
         # Log, sheet, checkpoint, stop
         if training.end_step(metrics, skipped):
             return
+    print(f"{args.out / 'sheet.png'} shows the mechanisms")
+    if args.segmenter_steps and train_segmenter(args, training, data, bf16, device):
+        return
+    print(f"next: python generate.py --weights {args.out / 'weights.pt'}")
+
+
+# --------------------------------------------------------------------------------------------------
+# MNIST: the segmenter. The generator makes images whose masks are known, without end. What finds
+# the masks of those finds them in real images, too: their shapes are more varied than those of the
+# generator, and counterfactuals of them are better.
+
+
+@torch.no_grad()
+def segmenter_pairs(cgn, n, generator):
+    """Images (n, 3, 32, 32) in [-1, 1] and their masks (n, 1, 32, 32), of a trained generator.
+
+    Half of them look as the biased images, with one latent and one class; the other half are
+    counterfactuals, so that no color or texture belongs to the object. generator: on the CPU.
+    """
+    device = cgn.label_emb.weight.device
+    z = torch.randn(3, n, LATENT, generator=generator)
+    y = torch.randint(CLASSES, (3, n), generator=generator)
+    z[1:, : n // 2] = z[0, : n // 2]
+    y[1:, : n // 2] = y[0, : n // 2]
+    offsets = torch.randint(mnist.SIZE, (2, n, 2), generator=generator).to(device)
+    shifts = 0.1 * torch.randn(2, n, 3, 1, 1, generator=generator)
+    z, y, shifts = z.to(device), y.to(device), shifts.to(device)
+
+    mask = cgn.mask(z[0], y[0])
+    foreground = shuffle_patches(cgn.foreground(z[1], y[1]), offsets[0]) + shifts[0]
+    background = shuffle_patches(cgn.background(z[2], y[2]), offsets[1]) + shifts[1]
+    return compose(mask, foreground.clamp_(-1, 1), background.clamp_(-1, 1)), mask
+
+
+@torch.inference_mode()
+def find_masks(segmenter, images):
+    """The masks of images, uint8 (n, 3, 32, 32): uint8 (n, 1, 32, 32), 255 where the object is."""
+    masks = [segmenter(mnist.to_float(part)).float().sigmoid() for part in images.split(500)]
+    return torch.cat(masks).mul_(255).round_().to(torch.uint8)
+
+
+def train_segmenter(args, trained, data, bf16, device):
+    """Train the segmenter, add it to weights.pt, and draw segmentation.png.
+
+    trained: the generator's Training. Returns whether it was stopped. Its checkpoint and log lie in
+    the folder segmenter/.
+    """
+    out = args.out / "segmenter"
+    out.mkdir(exist_ok=True)
+    cgn = trained.networks["average"].eval()
+    torch.manual_seed(runs.derived_seed(args.seed, "segmenter start", 0))
+    segmenter = Segmenter().to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(segmenter.parameters(), fused=True)
+    path, content = checkpoints.read_checkpoint(out, "auto" if args.resume else None)
+    if content.get("generator_step") != trained.step:  # of a generator that was trained on
+        content = {}
+    training = checkpoints.Training(
+        out,
+        args,
+        {"segmenter": segmenter},
+        [optimizer],
+        args.segmenter_steps,
+        device,
+        extra={"generator_step": trained.step},
+        saved=(path, content),
+        stop=trained.stop,
+    )
+
+    for step in range(training.step, args.segmenter_steps):
+        remaining = (args.segmenter_steps - step) / args.segmenter_steps
+        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, 2 * remaining)
+        generator = runs.seeded_generator(args.seed, "segmenter", step)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            x, mask = segmenter_pairs(cgn, 64, generator)
+            logits = segmenter(x)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), mask)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        skipped = checkpoints.finite_step(optimizer, loss)
+        checkpoints.mend_statistics(segmenter)
+        if training.end_step({"segmenter": loss}, skipped):
+            return True
+
+    content = trained.content() | {"segmenter": segmenter.state_dict()}
+    trained.save_weights("weights.pt", content)
+    measure_segmenter(args, segmenter.eval(), cgn, data)
+    return False
+
+
+def measure_segmenter(args, segmenter, cgn, data):
+    """Write segmenter.json and segmentation.png.
+
+    The segmenter is measured on images of the generator that it has not seen, and, for the report
+    alone, against the digits of the training images: nothing is chosen by the latter.
+    """
+    x, truth = segmenter_pairs(cgn, 1000, runs.seeded_generator(args.seed, "segmenter test", 0))
+    images = x.add(1).mul(127.5).round().to(torch.uint8)
+    found = find_masks(segmenter, images) / 255
+    generated = pictures.intersection_over_union(found, truth > 0.5).mean().item()
+
+    index = torch.arange(min(5000, len(data)), device=data.labels.device)
+    real = data.images(index, torch.Generator(index.device).manual_seed(args.seed))
+    masks = find_masks(segmenter, real)
+    truth = data.digits[index] > data.digits.max() / 2
+    true = pictures.intersection_over_union(masks / 255, truth).mean().item()
+    runs.write_json(args.out / "segmenter.json", {"generated IoU": generated, "digit IoU": true})
+
+    sheet = pictures.segmentation_sheet(cgn, real, masks, data.labels[index])
+    pictures.save_png(args.out / "segmentation.png", sheet)
     print(
-        f"{args.out / 'sheet.png'} shows the mechanisms; next: python generate.py --weights "
-        f"{args.out / 'weights.pt'}"
+        f"{args.out / 'segmentation.png'} shows masks found in real images; intersection over "
+        f"union with the masks of generated images {generated:.3f}, with the digits {true:.3f}"
     )
 
 
@@ -1444,8 +1617,10 @@ def parse_args(argv=None):
     elif dataset in mnist.VARIANTS:
         length = mnist_flags(parser, dataset, preset)
     args = parser.parse_args(argv)
-    if dataset in mnist.VARIANTS and args.max_steps:
+    if dataset in mnist.VARIANTS and args.max_steps is not None:
         runs.refuse_flags(parser, length, args, "has no meaning with --max-steps")
+    if args.max_steps == 0 and not (dataset in mnist.VARIANTS and args.weights):
+        parser.error("--max-steps 0: only on MNIST with --weights, to train their segmenter")
     return args
 
 

@@ -243,10 +243,11 @@ def load_digit_data(args, device):
             args.counterfactual, args.dataset, args.offline, device
         )
     decorrelated, (objects, backgrounds) = test.decorrelated_images(args.seed)
+    first = len(original) - original.held_out
     test_sets = {
         "decorrelated": (decorrelated, test.labels),
         "correlated": (test.all_images(args.seed), test.labels),
-        "biased": (original.all_images(args.seed)[-5000:], original.labels[-5000:]),
+        "biased": (original.all_images(args.seed)[first:], original.labels[first:]),
     }
     black = mnist.VARIANTS[args.dataset]["backgrounds"] == mnist.BLACK
     one_class = None if black else objects == backgrounds

@@ -289,6 +289,14 @@ class MnistVariant:
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def held_out(self):
+        """How many of the last training images are kept to choose settings with, see data/README.
+
+        Counterfactuals of real images leave them out.
+        """
+        return min(5_000, len(self) // 10)
+
     def draw_colors(self, part, classes, generator):
         """Jittered colors of the object (part 0) or background (1).
 

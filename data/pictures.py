@@ -120,6 +120,37 @@ def mechanism_sheet(cgn):
 
 
 @torch.no_grad()
+def segmentation_sheet(cgn, images, masks, labels, count=4):
+    """A sheet of the first `count` real images of each class, a row for each class: the image, the
+    mask found in it, and a counterfactual of that mask.
+
+    images: uint8 (n, 3, 32, 32). masks: uint8 (n, 1, 32, 32). labels: (n,).
+    """
+    device = labels.device
+    generator = torch.Generator().manual_seed(0)
+    classes = cgn.label_emb.num_embeddings
+    z_dim = cgn.f_shape[0].in_features - cgn.label_emb.embedding_dim
+    y = torch.arange(classes, device=device)
+    order = labels.argsort(stable=True)
+    first = torch.searchsorted(labels[order], y)
+    columns = []
+    for column in range(count):
+        index = order[(first + column).clamp(max=len(order) - 1)]
+        z = torch.randn(2, classes, z_dim, generator=generator).to(device)
+        offsets = torch.randint(mnist.SIZE, (2, classes, 2), generator=generator).to(device)
+        foreground = cgn.foreground(z[0], (y + 3 + column) % classes)
+        background = cgn.background(z[1], (y + 7 + 3 * column) % classes)
+        foreground = shuffle_patches(foreground, offsets[0])
+        background = shuffle_patches(background, offsets[1])
+        mask = masks[index] / 255
+        columns += [images[index] / 255, as_rgb(mask)]
+        columns.append(to_unit(compose(mask, foreground, background)))
+    titles = ["image", "mask", "counterfact."]
+    rows = list(map(str, range(classes)))
+    return tile_sheet(torch.stack(columns, 1), count * titles, rows)
+
+
+@torch.no_grad()
 def imagenet_mechanism_sheet(cgn, cgan, z, y, truncation):
     """A sheet of an ImageNet CGN. Rows are classes: premask, mask, foreground, background,
     composite, the cGAN's image, and a counterfactual.
@@ -263,11 +294,11 @@ def as_map(activation):
 def intersection_over_union(maps, masks, threshold=0.5):
     """How well the pixels whose heat exceeds the threshold agree with a mask, (N,).
 
-    maps: (N, H, W). masks: (N, H, W) bool.
+    maps: (N, ...). masks: bool, of the same shape.
     """
     hot = maps > threshold
-    intersection = (hot & masks).sum((1, 2))
-    union = (hot | masks).sum((1, 2))
+    intersection = (hot & masks).flatten(1).sum(1)
+    union = (hot | masks).flatten(1).sum(1)
     return intersection / union.clamp_min(1)
 
 

@@ -164,9 +164,10 @@ ENSEMBLE = (
 SMALL = " ".join(SMALL_IMAGENET).replace("--offline", "--u2net ROOT/u2net.pth")
 # One run for each mode of each script: between them, everything that can be asked for.
 MODES = {
-    "variant": f"{TRAIN} --dataset colored_mnist --data-dir DIGITS --warmup 1 --max-steps 9",
+    "variant": f"{TRAIN} --dataset colored_mnist --data-dir DIGITS --warmup 1 --max-steps 9"
+    " --segmenter-steps 2",
     "textures": f"{TRAIN} --dataset wildlife_mnist --data-dir DIGITS --warmup 1 --max-steps 9"
-    " --textures ROOT/textures",
+    " --segmenter-steps 2 --textures ROOT/textures",
     "imagenet": f"{TRAIN} {SMALL} --max-steps 2 --sample-every 1",
     "sheets": "generate --out OUT --device cpu",
     "data set": "generate --out OUT --device cpu --n 3",
@@ -343,7 +344,7 @@ def words(digits_dir, untrained, tmp_path_factory):
     """What the words in capitals stand for."""
     train = (
         f"--dataset colored_mnist --data-dir {digits_dir} --style-weights 0 0 0 0 --device cpu"
-        " --ndf 16 --max-steps 3 --warmup 1 --out OUT"
+        " --ndf 16 --max-steps 3 --warmup 1 --segmenter-steps 0 --out OUT"
     )
     digit = (
         f"--dataset colored_mnist --data-dir {digits_dir} --device cpu --epochs 1 --epoch-steps 2"

@@ -14,6 +14,7 @@ written last, when all chunks are there. ImageNet:
     python generate.py --dataset imagenet --n 50000 --out runs/counterfactuals   # authors' weights
     python generate.py --dataset imagenet --shape tabby --texture zebra --n 8 --out runs/cats
     python generate.py --dataset imagenet --interpolate all --to zebra --out runs/morph
+    python generate.py --dataset imagenet --shapes real --images FOLDER --n 50000 --out runs/real
 
 writes pictures, counterfactual/0000000.jpg, ..., and labels.csv, a row for each. In both parts
 image i depends on the seed, the settings and i alone: an interrupted run continues with --resume.
@@ -438,6 +439,7 @@ COLUMNS = (
     "background_name",
     "seed",
 )
+LEFT_OUT_COLUMNS = ("index", "source", "reason")
 # The mechanisms that move in each leg of an interpolation.
 LEGS = {
     "shape": [[0]],
@@ -467,10 +469,16 @@ def allowed_classes(args):
     return allowed
 
 
-def sample_image(seed, index, z_dim, allowed):
-    """Latent (z_dim,), before truncation, and the three classes (3,) of an image."""
+def sample_image(seed, index, z_dim, allowed, photos=None):
+    """Latent (z_dim,), before truncation, and the three classes (3,) of an image.
+
+    With photos, Photographs, the shape's class is that of the image's photograph.
+    """
     generator = runs.seeded_generator(seed, index)
     z = train_cgn.truncated_normal((z_dim,), generator)
+    if photos:
+        shape = photos.images.labels[index % len(photos.images)]
+        allowed = [[int(shape)], *allowed[1:]]
     y = []
     for classes in allowed:
         drawn = torch.randint(len(classes), (), generator=generator)
@@ -478,20 +486,21 @@ def sample_image(seed, index, z_dim, allowed):
     return z, torch.tensor(y)
 
 
-def sample_images(seed, indices, z_dim, allowed):
+def sample_images(seed, indices, z_dim, allowed, photos=None):
     """Latents (N, z_dim) and classes (N, 3) of several images."""
-    samples = [sample_image(seed, index, z_dim, allowed) for index in indices]
+    samples = [sample_image(seed, index, z_dim, allowed, photos) for index in indices]
     z, y = zip(*samples)
     return torch.stack(z), torch.stack(y)
 
 
 @torch.inference_mode()
-def imagenet_images(cgn, z, y, truncation, parts=("counterfactual",)):
+def imagenet_images(cgn, z, y, truncation, parts=("counterfactual",), photographs=None):
     """Images by name, uint8 (N, 1 or 3, H, W).
 
     z: (N, z_dim), before truncation. y: classes (N, 3), or class vectors (N, 3, class_embed_dim).
     A counterfactual has the three classes given, a composite that of the shape everywhere. Only the
-    networks that the wanted parts need are run.
+    networks that the wanted parts need are run. photographs: (N, 3, H, W) in [-1, 1], instead of
+    the premasks.
     """
     dtype = cgn.u2net.outconv.weight.dtype
     z = (truncation * z).to(dtype)
@@ -501,7 +510,10 @@ def imagenet_images(cgn, z, y, truncation, parts=("counterfactual",)):
     wanted = set(parts)
     images = {}
     if wanted & {"premask", "mask", "composite", "counterfactual"}:
-        images["premask"] = cgn.f_shape(z, shape, truncation)
+        if photographs is None:
+            images["premask"] = cgn.f_shape(z, shape, truncation)
+        else:
+            images["premask"] = photographs
     if wanted & {"mask", "composite", "counterfactual"}:
         images["mask"] = cgn.u2net(images["premask"].to(dtype)).clamp(1e-4, 1 - 1e-4)
     if wanted & {"foreground", "counterfactual"}:
@@ -523,6 +535,63 @@ def imagenet_images(cgn, z, y, truncation, parts=("counterfactual",)):
 
 
 # --------------------------------------------------------------------------------------------------
+# ImageNet: photographs, whose objects are real shapes
+
+
+class Photographs(NamedTuple):
+    """Real images that give the shapes: picture i has number i, modulo their count."""
+
+    images: imagenet.Images
+    folder: Path  # which their names in the tables start from
+    size: int  # they are cropped to squares of this
+
+
+def photograph_name(photos, index):
+    """The name of picture `index`'s photograph, from the folder on."""
+    path = photos.images.paths[index % len(photos.images)]
+    name = path.relative_to(photos.folder).as_posix()
+    return name.encode(errors="replace").decode()  # a name need not be valid UTF-8, a table does
+
+
+def load_photograph(photos, index):
+    """Picture `index`'s photograph, uint8 (3, size, size). None if it is damaged or too large."""
+    return photos.images.load(index % len(photos.images))
+
+
+def stack_photographs(photos, loaded, device):
+    """A list of what load_photograph returned -> (N, 3, size, size) in [-1, 1].
+
+    None without `photos`. Damaged ones become gray: a batch is always full.
+    """
+    if not photos:
+        return None
+    gray = torch.full((3, photos.size, photos.size), 128, dtype=torch.uint8)
+    pixels = torch.stack([gray if image is None else image for image in loaded])
+    return pixels.to(device).float().div_(127.5).sub_(1)
+
+
+def photographs_sha256(photos):
+    """A SHA-256 over the names and sizes of the files, wherever their folder is."""
+    digest = hashlib.sha256()
+    for index, path in enumerate(photos.images.paths):
+        size = path.stat().st_size if path.is_file() else 0  # a link to nowhere is a damaged image
+        digest.update(f"{photograph_name(photos, index)} {size}\n".encode())
+    return digest.hexdigest()
+
+
+def reason_to_leave_out(loaded, mask, mask_range):
+    """Why a picture cannot be used, in words, or None.
+
+    loaded: what load_photograph returned. mask: uint8 (1, H, W).
+    """
+    if loaded is None:
+        return "damaged, too large or no image"
+    low, high = mask_range
+    mean = mask.float().mean().item() / 255
+    return None if low <= mean <= high else f"mean mask {mean:.3f}"
+
+
+# --------------------------------------------------------------------------------------------------
 # ImageNet: data sets
 
 
@@ -531,11 +600,12 @@ def picture_files(args, index):
     return [args.out / part / f"{index:07d}.{args.format}" for part in args.save]
 
 
-def label_row(args, index, y):
+def label_row(args, photos, index, y):
     """An image's row of labels.csv. y: its three classes."""
     names = imagenet.class_names()
     file = f"{args.save[0]}/{index:07d}.{args.format}"
-    return [file, *y, *(names[c] for c in y), args.seed]
+    source = [photograph_name(photos, index)] if photos else []
+    return [file, *y, *(names[c] for c in y), args.seed, *source]
 
 
 def csv_text(rows):
@@ -545,20 +615,63 @@ def csv_text(rows):
     return text.getvalue()
 
 
-def write_labels(args, z_dim, allowed):
+def write_csv(path, rows):
+    """Write rows as a CSV file, whole or not at all."""
+    with runs.atomic(path) as temporary:
+        temporary.write_text(csv_text(rows))
+
+
+def write_labels(args, z_dim, allowed, photos):
     """labels.csv anew: a row for each image that has all its files. Returns their indices."""
     present = []
     for part in args.save:
         files = (args.out / part).glob(f"[0-9]*.{args.format}")
         present.append({int(file.stem) for file in files})
     complete = sorted(set.intersection(*present))
-    rows = [COLUMNS]
+    rows = [[*COLUMNS, "source"] if photos else COLUMNS]
     for index in complete:
-        _, y = sample_image(args.seed, index, z_dim, allowed)
-        rows.append(label_row(args, index, y.tolist()))
-    with runs.atomic(args.out / "labels.csv") as temporary:
-        temporary.write_text(csv_text(rows))
+        _, y = sample_image(args.seed, index, z_dim, allowed, photos)
+        rows.append(label_row(args, photos, index, y.tolist()))
+    write_csv(args.out / "labels.csv", rows)
     return complete
+
+
+def read_left_out(args):
+    """The rows of left_out.csv by their pictures' indices. A kill may have cut the last line."""
+    rows = {}
+    path = args.out / "left_out.csv"
+    if path.is_file():
+        lines = path.read_text(errors="replace").rpartition("\n")[0]
+        for row in csv.reader(io.StringIO(lines)):
+            if len(row) == len(LEFT_OUT_COLUMNS) and row[0].isdigit():
+                rows[int(row[0])] = row
+    return rows
+
+
+def write_left_out(args):
+    """left_out.csv anew: a row for each picture, in order. Returns their indices."""
+    rows = read_left_out(args)
+    indices = sorted(rows)
+    write_csv(args.out / "left_out.csv", [LEFT_OUT_COLUMNS, *(rows[index] for index in indices)])
+    return indices
+
+
+def leave_out(args, photos, first, missing, loaded, masks):
+    """The indices in `missing` whose pictures can be used; the others get rows in left_out.csv.
+
+    first: the index of the batch's first picture. loaded, masks: of the whole batch, as in
+    reason_to_leave_out.
+    """
+    kept, rows = [], []
+    for index in missing:
+        place = index - first
+        reason = reason_to_leave_out(loaded[place], masks[place], args.mask_range)
+        if reason:
+            rows.append([index, photograph_name(photos, index), reason])
+        else:
+            kept.append(index)
+    runs.append_text(args.out / "left_out.csv", csv_text(rows))
+    return kept
 
 
 def finish_pictures(args, pending):
@@ -578,60 +691,110 @@ def finish_pictures(args, pending):
         raise errors[0]
 
 
-def write_pictures(cgn, args, allowed, device):
+def missing_batches(args):
+    """Yields this rank's batches: the indices of a whole one, and of its pictures to be made.
+
+    Those that are there, or were left out before, are not.
+    """
+    rank, world_size = runs.rank_and_world_size()
+    left_out = read_left_out(args)
+    end = args.start + args.n
+    batches = range(args.start // args.batch_size, math.ceil(end / args.batch_size))
+    for batch in batches[rank::world_size]:
+        first = batch * args.batch_size
+        indices = range(first, first + args.batch_size)
+        missing = []
+        for index in indices:
+            wanted = args.start <= index < end and index not in left_out
+            if wanted and not all(file.is_file() for file in picture_files(args, index)):
+                missing.append(index)
+        if missing:
+            yield indices, missing
+
+
+def read_ahead(batches, photos, pool):
+    """Yields batches with futures of their photographs, none without `photos`: threads of the pool
+    decode them while the device makes the batch before.
+    """
+    ready = []
+    for indices, missing in batches:
+        reading = [pool.submit(load_photograph, photos, index) for index in indices if photos]
+        ready.append((indices, missing, reading))
+        if len(ready) == 2:
+            yield ready.pop(0)
+    yield from ready
+
+
+def write_pictures(cgn, args, allowed, photos, device):
     """Write the pictures that are missing, and a row of labels.csv for each complete image.
 
     Batches begin at multiples of --batch-size and are always full: a network rounds differently for
     other sizes. Batches are dealt out over ranks. Pictures are encoded and written by threads while
     the device makes the next batch.
     """
-    rank, world_size = runs.rank_and_world_size()
     stop = runs.StopSignal()
     z_dim = cgn.f_shape.z_dim
-    end = args.start + args.n
-    if rank == 0:
+    if runs.is_main_rank():
         for part in args.save:
             (args.out / part).mkdir(exist_ok=True)
-        write_labels(args, z_dim, allowed)  # rows that an interruption left out
+        write_labels(args, z_dim, allowed, photos)  # rows that an interruption left out
+        if photos:
+            write_left_out(args)  # without a line that it cut
     runs.wait_for_ranks()
 
-    batches = range(args.start // args.batch_size, math.ceil(end / args.batch_size))
+    parts = [*args.save, "mask"] if photos else args.save
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         pending = []
-        for batch in batches[rank::world_size]:
-            first = batch * args.batch_size
-            indices = range(first, first + args.batch_size)
-            missing = []
-            for index in indices:
-                wanted = args.start <= index < end
-                if wanted and not all(file.is_file() for file in picture_files(args, index)):
-                    missing.append(index)
-            if not missing:
-                continue
-            z, y = sample_images(args.seed, indices, z_dim, allowed)
-            images = imagenet_images(cgn, z.to(device), y.to(device), args.truncation, args.save)
+        for indices, missing, reading in read_ahead(missing_batches(args), photos, pool):
+            z, y = sample_images(args.seed, indices, z_dim, allowed, photos)
+            loaded = [future.result() for future in reading]
+            photographs = stack_photographs(photos, loaded, device)
+            images = imagenet_images(
+                cgn, z.to(device), y.to(device), args.truncation, parts, photographs
+            )
             images = {part: values.cpu() for part, values in images.items()}
             finish_pictures(args, pending)  # the batch before, written meanwhile
             pending = []
+            first = indices[0]
+            if photos:
+                missing = leave_out(args, photos, first, missing, loaded, images["mask"])
             for index in missing:
                 futures = []
                 for part, file in zip(args.save, picture_files(args, index)):
                     picture = images[part][index - first]
                     futures.append(pool.submit(pictures.write_picture, file, picture))
-                row = label_row(args, index, y[index - first].tolist())
+                row = label_row(args, photos, index, y[index - first].tolist())
                 pending.append((row, futures))
-            if rank == 0:
-                done = min(indices[-1] + 1, end) - args.start
+            if runs.is_main_rank():
+                done = min(indices[-1] + 1, args.start + args.n) - args.start
                 print(f"\r{done}/{args.n} images", end="", flush=True)
             if stop:
                 break
         finish_pictures(args, pending)
     runs.wait_for_ranks()
-    if rank == 0:  # in order, whichever rank was first
-        complete = write_labels(args, z_dim, allowed)
-        count = sum(args.start <= index < end for index in complete)
-        hint = "; resume with the same command and --resume" if stop else ""
-        print(f"\n{args.out}: {count} of {args.n} images, labels.csv{hint}")
+    if runs.is_main_rank():
+        complete = write_labels(args, z_dim, allowed, photos)  # in order, whichever rank was first
+        left_out = write_left_out(args) if photos else []
+        print_summary(args, complete, left_out, stop)
+
+
+def print_summary(args, complete, left_out, stopped):
+    """Say how many of the images are there. UserError if no photograph could be used.
+
+    complete, left_out: indices, also of other ranges.
+    """
+    print()  # below the progress
+    wanted = range(args.start, args.start + args.n)
+    left = sum(index in wanted for index in left_out)
+    if left == args.n:
+        raise runs.UserError(
+            f"--images {args.images}: none of {args.n} images could be used, see "
+            f"{args.out / 'left_out.csv'}; give other photographs, or another --mask-range"
+        )
+    count = sum(index in wanted for index in complete)
+    note = f" ({left} left out, see left_out.csv)" if left else ""
+    hint = "; resume with the same command and --resume" if stopped else ""
+    print(f"{args.out}: {count} of {args.n} images{note}, labels.csv{hint}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -649,10 +812,12 @@ def class_vectors(cgn, y):
     return torch.stack(vectors, 1)
 
 
-def write_interpolation(cgn, args, allowed, device):
+def write_interpolation(cgn, args, allowed, photos, device):
     """Go to class --to by class vectors with z fixed: frames, a sheet, and a GIF there and back."""
-    z, y = sample_images(args.seed, [args.start], cgn.f_shape.z_dim, allowed)
+    z, y = sample_images(args.seed, [args.start], cgn.f_shape.z_dim, allowed, photos)
     z, y = z.to(device), y.to(device)
+    loaded = [load_photograph(photos, args.start)] if photos else []
+    photographs = stack_photographs(photos, loaded, device)
     goal = class_vectors(cgn, torch.full_like(y, imagenet.class_index(args.to)))
     position = class_vectors(cgn, y)
     frames = []
@@ -661,9 +826,18 @@ def write_interpolation(cgn, args, allowed, device):
         target[:, mechanisms] = goal[:, mechanisms]
         for t in torch.linspace(0, 1, args.frames).tolist():
             between = torch.lerp(position, target, t)
-            images = imagenet_images(cgn, z, between, args.truncation)
+            images = imagenet_images(
+                cgn, z, between, args.truncation, ("counterfactual", "mask"), photographs
+            )
             frames.append(images["counterfactual"].cpu())
         position = target
+    if photos:
+        reason = reason_to_leave_out(loaded[0], images["mask"][0], args.mask_range)
+        if reason:
+            raise runs.UserError(
+                f"--images {args.images}: {photograph_name(photos, args.start)}: {reason}; choose "
+                "another with --start, or another --mask-range"
+            )
     images = torch.cat(frames)  # (frames, 3, H, W)
     for index, image in enumerate(images):
         pictures.write_picture(args.out / f"frame_{index:03d}.png", image)
@@ -676,14 +850,22 @@ def write_interpolation(cgn, args, allowed, device):
     print(f"{args.out}: {len(images)} frames, sheet.png, animation.gif")
 
 
-def write_parts_sheet(cgn, args, allowed, device):
-    """A sheet with all parts of the 8 images from --start on."""
+def write_parts_sheet(cgn, args, allowed, photos, device):
+    """A sheet with all parts of the 8 images from --start on, also of those that are left out of a
+    data set: their titles say why.
+    """
     indices = range(args.start, args.start + 8)
-    z, y = sample_images(args.seed, indices, cgn.f_shape.z_dim, allowed)
-    images = imagenet_images(cgn, z.to(device), y.to(device), args.truncation, PARTS)
+    z, y = sample_images(args.seed, indices, cgn.f_shape.z_dim, allowed, photos)
+    loaded = [load_photograph(photos, index) for index in indices if photos]
+    photographs = stack_photographs(photos, loaded, device)
+    images = imagenet_images(cgn, z.to(device), y.to(device), args.truncation, PARTS, photographs)
     columns = torch.stack([images[part].expand(-1, 3, -1, -1) for part in PARTS], 1)
+    names = ["photograph", *PARTS[1:]] if photos else PARTS
     titles = ["/".join(map(str, classes)) for classes in y.tolist()]
-    sheet = pictures.tile_sheet(columns.float() / 255, PARTS, titles, scale=1)
+    for row, image in enumerate(loaded):
+        reason = reason_to_leave_out(image, images["mask"][row], args.mask_range)
+        titles[row] += f"\nleft out:\n{reason}" if reason else ""
+    sheet = pictures.tile_sheet(columns.float() / 255, names, titles, scale=1)
     pictures.save_png(args.out / "sheet.png", sheet)
     print(f"{args.out}: sheet.png")
 
@@ -709,6 +891,8 @@ def generate_imagenet(args, device):
     allowed = allowed_classes(args)  # unknown classes show before anything is loaded
     if args.to:
         imagenet.class_index(args.to)
+    if args.shapes == "real":
+        files = imagenet.photograph_images(args.images, allowed[0] if args.shape else None)
     weights = find_weights(args)
     cgn, trained = train_cgn.load_imagenet_generator(weights, args.raw_weights)
     if trained.get("dataset", "imagenet") != "imagenet":
@@ -717,26 +901,34 @@ def generate_imagenet(args, device):
         print("OFFLINE weights: random networks. These images say nothing of ImageNet.")
     bf16 = runs.pick_bf16(args.amp, device)
     cgn = train_cgn.fold(cgn, args.truncation).to(device, torch.bfloat16 if bf16 else torch.float32)
+    photos = None
+    if args.shapes == "real":
+        size = train_cgn.SMALL["output_dim"] if trained.get("preset") == "small" else 256
+        transform = imagenet.make_transform(False, size, margin=False)
+        photos = Photographs(imagenet.Images(*files, transform), args.images, size)
 
     with runs.claim_folder(args.out, __file__, args.resume):
         if runs.is_main_rank():
             arguments = vars(args) | {"weights_sha256": runs.file_sha256(weights)}
+            if photos:
+                arguments["images_sha256"] = photographs_sha256(photos)
             check_resumed(args.out, arguments)
             runs.describe_run(args.out, __file__, arguments)
         runs.wait_for_ranks()
         if args.interpolate:
-            write_interpolation(cgn, args, allowed, device)
+            write_interpolation(cgn, args, allowed, photos, device)
         elif args.n:
-            write_pictures(cgn, args, allowed, device)
+            write_pictures(cgn, args, allowed, photos, device)
         else:
-            write_parts_sheet(cgn, args, allowed, device)
+            write_parts_sheet(cgn, args, allowed, photos, device)
 
 
 def check_resumed(out, args):
     """UserError if pictures of other settings lie in the folder: they must not be mixed."""
     if (out / "args.json").is_file():
         before = json.loads((out / "args.json").read_text())["args"]
-        free = checkpoints.FREE | {"offline"}
+        before.setdefault("shapes", "generated")  # as all were before there was the flag
+        free = checkpoints.FREE | {"offline", "images"}  # moved images have the same SHA-256
         checkpoints.check_settings(out, before, args, free)
 
 
@@ -761,8 +953,13 @@ def parse_imagenet(parser, argv):
         help="draw from all classes, or from the authors' lists of good ones for each mechanism",
     )
     group.add_argument(
+        "--shapes", choices=["generated", "real"], default="generated",
+        help="draw shapes, or cut out the objects of the photographs in --images",
+    )
+    group.add_argument(
         "--shape", nargs="+", metavar="CLASS",
-        help="draw the shape from these instead: numbers, or (parts of) English names",
+        help="draw the shape from these instead: numbers, or (parts of) English names; with "
+        "--shapes real, take the photographs of these alone",
     )
     group.add_argument("--texture", nargs="+", metavar="CLASS", help="the same for the texture")
     group.add_argument(
@@ -788,7 +985,8 @@ def parse_imagenet(parser, argv):
     )
     data.add_argument(
         "--save", nargs="+", choices=PARTS, default=["counterfactual"],
-        help="pictures to write; composite has the shape's class everywhere",
+        help="pictures to write; composite has the shape's class everywhere; premask is, with "
+        "--shapes real, the photograph as cropped",
     )
     data.add_argument("--format", choices=["jpg", "png"], default="jpg", help="of the pictures")
 
@@ -800,7 +998,19 @@ def parse_imagenet(parser, argv):
     morph.add_argument("--to", metavar="CLASS", help="the class to go to")
     morph.add_argument("--frames", type=runs.positive_int, default=9, help="of each leg of the way")
 
+    real = parser.add_argument_group("photographs (with --shapes real)")
+    real.add_argument(
+        "--images", type=Path, metavar="FOLDER",
+        help="class folders named by WNID or 0 to 999, or images of the one class that --shape "
+        "names; picture i has the shape of photograph i, modulo their count",
+    )
+    real.add_argument(
+        "--mask-range", nargs=2, type=runs.fraction, default=[0.05, 0.9], metavar=("LOW", "HIGH"),
+        help="pictures whose mean mask lies outside are left out, and named in left_out.csv",
+    )
+
     args = parser.parse_args(argv)
+    check_shapes(parser, real, args)
     if not args.n:
         runs.refuse_flags(parser, data, args, "needs --n")
     elif args.interpolate:
@@ -816,6 +1026,22 @@ def parse_imagenet(parser, argv):
             "choose a range within"
         )
     return args
+
+
+def check_shapes(parser, real, args):
+    """The parser's error for flags that contradict --shapes. real: the group of photographs."""
+    if args.shapes == "generated":
+        runs.refuse_flags(parser, real, args, "needs --shapes real")
+    elif not args.images:
+        parser.error("--shapes real: needs --images, a folder of photographs")
+    elif args.interpolate and [0] in LEGS[args.interpolate]:
+        parser.error(
+            f"--interpolate {args.interpolate}: moves the shape, which is the photograph's with "
+            "--shapes real; choose texture, background or all"
+        )
+    low, high = args.mask_range
+    if low >= high:
+        parser.error(f"--mask-range {low} {high}: LOW should be below HIGH")
 
 
 # ==================================================================================================

@@ -9,6 +9,7 @@ import difflib
 import functools
 import glob
 import io
+import itertools
 import json
 import math
 import re
@@ -128,6 +129,39 @@ def wnid_images(folder):
                 f"{path}: not the WNID of one of ImageNet's 1000 classes, such as n01440764"
             )
     return labeled_images(folders, [index_of[path.name] for path in folders])
+
+
+def photograph_images(folder, classes=None):
+    """The images of generate.py --shapes real: in folders as above, or directly in the folder.
+
+    classes: those wanted, of --shape, or None for all; of images without folders, their one class.
+    labels: (n,).
+    """
+    folder = Path(folder)
+    content = "class folders named by WNID or 0 to 999, or else images of one class"
+    if not folder.is_dir():
+        raise runs.UserError(f"--images {folder}: no such folder; it should hold {content}")
+    flat = image_files(folder)
+    has_folders = any(path.is_dir() for path in folder.iterdir())
+    if has_folders == bool(flat):
+        problem = "both images and folders" if flat else "neither images nor folders"
+        raise runs.UserError(f"--images {folder}: holds {problem}; it should hold {content}")
+    if flat:
+        if not classes or len(set(classes)) > 1:
+            raise runs.UserError(
+                f"--images {folder}: images without class folders need --shape, their one class"
+            )
+        return flat, torch.tensor(classes[:1] * len(flat))
+    paths, labels = wnid_images(folder)
+    if classes:
+        wanted = torch.isin(labels, torch.tensor(classes))
+        if not wanted.any():
+            raise runs.UserError(
+                f"--images {folder}: no folder of --shape {' '.join(map(str, classes))}"
+            )
+        paths = list(itertools.compress(paths, wanted))
+        labels = labels[wanted]
+    return paths, labels
 
 
 def validation_images(root):

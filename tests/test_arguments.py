@@ -175,6 +175,8 @@ MODES = {
     "parts": "generate --dataset imagenet --weights-dir PRETRAINED --out OUT --device cpu",
     "pictures": "generate --dataset imagenet --weights-dir PRETRAINED --out OUT --device cpu --n 2"
     " --batch-size 2",
+    "real": "generate --dataset imagenet --weights-dir PRETRAINED --out OUT --device cpu --n 2"
+    " --batch-size 2 --shapes real --images ROOT/imagenet/val --mask-range 0 1",
     "morph": "generate --dataset imagenet --weights-dir PRETRAINED --out OUT --device cpu"
     " --interpolate all --to zebra --frames 2",
     "original": f"{CLASSIFY} --dataset colored_mnist --epochs 1",
@@ -203,11 +205,11 @@ def changed_value(action):
         return []
     if action.choices:
         return [next(str(c) for c in action.choices if c not in (action.default, [action.default]))]
+    repeats = action.nargs if isinstance(action.nargs, int) else 1
     if action.type in (runs.fraction, runs.truncation):
-        return ["0.25"]
+        return ["0.25", "0.75"][:repeats]
     if action.dest == "ood":
         return ["B=x"]
-    repeats = action.nargs if isinstance(action.nargs, int) else 1
     return ["7"] * repeats
 
 

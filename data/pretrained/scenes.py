@@ -1,6 +1,7 @@
 """Stand-ins for BigGAN and U^2-Net at 64 x 64, trained on drawn scenes: an object and a background.
 
     python -m data.pretrained.scenes --out data/pretrained/small_imagenet.pt
+    python -m data.pretrained.scenes --pictures 50 --out runs/scenes    # as photographs, in folders
 
 A scene is a function of a class's code and a latent. The small BigGAN learns to draw scenes, the
 small U^2-Net to find their objects. They say nothing of ImageNet: `train_cgn.py --dataset imagenet
@@ -150,6 +151,19 @@ def make_sheet(biggan, u2net, generator):
     return pictures.tile_sheet(torch.stack(columns, 1), scale=1)
 
 
+@torch.no_grad()
+def write_scenes(folder, count, generator):
+    """Write scenes as folder/CLASS/0000.png, with the codes of classes in the bundled weights."""
+    biggan = train_cgn.BigGAN(**train_cgn.SMALL)
+    biggan.load_state_dict(runs.load_tensors(train_cgn.SMALL_WEIGHTS)["biggan"])
+    _, y, scenes = draw_batch(biggan, count, generator)
+    images = pictures.to_unit(scenes.image).mul(255).round().to(torch.uint8)
+    for index, (label, image) in enumerate(zip(y.tolist(), images)):
+        path = folder / str(label) / f"{index:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pictures.save_png(path, image)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0],
@@ -160,7 +174,14 @@ def main():
         "--out",
         type=Path,
         required=True,
-        help="file for the weights; a picture of the same name shows what they do",
+        help="file for the weights; a picture of the same name shows what they do; a folder with "
+        "--pictures",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=runs.positive_int,
+        metavar="N",
+        help="train nothing: draw N scenes of the bundled weights' classes, in folders by class",
     )
     parser.add_argument(
         "--steps",
@@ -171,6 +192,9 @@ def main():
     args = parser.parse_args()
     torch.manual_seed(0)
     generator = torch.Generator().manual_seed(1)
+    if args.pictures:
+        write_scenes(args.out, args.pictures, generator)
+        return
     biggan = train_cgn.BigGAN(**train_cgn.SMALL)
     u2net = weights.U2Net(small=True)
     biggan_state, u2net_state = train_cgn.random_networks(train_cgn.SMALL, small_u2net=True)

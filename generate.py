@@ -58,6 +58,7 @@ class Latents(NamedTuple):
     y: torch.Tensor  # (n,), classes
     offset: torch.Tensor  # (n, 2), of the patch shuffling
     shift: torch.Tensor  # (n, 3), N(0, 1), of the color channels
+    mix: torch.Tensor  # (n, 3, 3), N(0, 1), of each channel into each
 
 
 def sample_latents(seed, stream, start, stop, device="cpu"):
@@ -70,6 +71,7 @@ def sample_latents(seed, stream, start, stop, device="cpu"):
             torch.randint(train_cgn.CLASSES, (BLOCK,), generator=generator),
             torch.randint(mnist.SIZE, (BLOCK, 2), generator=generator),
             torch.randn(BLOCK, 3, generator=generator),
+            torch.randn(BLOCK, 3, 3, generator=generator),
         )
         blocks.append(latents)
     first = start // BLOCK * BLOCK
@@ -101,6 +103,7 @@ class Settings(NamedTuple):
     seed: int
     per_shape: int  # texture and background pairs for each mask
     jitter: float  # standard deviation of the shift of a texture's color, colors from 0 to 1
+    mix: float  # standard deviation of the channels' mixing
     factual: bool  # one latent and one class for all three mechanisms
     weights_sha256: str
     images_sha256: str  # of the real images whose shapes are used; empty for generated shapes
@@ -178,12 +181,15 @@ def generate_batch(cgn, settings, start, stop, device, real=None):
 
 
 def generate_texture(mechanism, settings, stream, start, stop, device):
-    """Shuffled and shifted textures (n, 3, 32, 32) in [-1, 1], and their classes (n,)."""
+    """Textures (n, 3, 32, 32) in [-1, 1], shuffled, mixed and shifted, and their classes (n,)."""
     # Factual images are as in training: one latent and one class for all three mechanisms.
     source = SHAPE if settings.factual else stream
     texture, y = run_mechanism(mechanism, settings.seed, source, start, stop, device)
     latents = sample_latents(settings.seed, stream, start, stop, device)
     texture = shuffle_patches(texture, latents.offset)
+    if settings.mix:
+        mix = torch.eye(3, device=device) + settings.mix * latents.mix
+        texture = torch.einsum("nij,njhw->nihw", mix, texture)
     texture = texture + 2 * settings.jitter * latents.shift[..., None, None]
     return texture.clamp_(-1, 1), y
 
@@ -344,6 +350,7 @@ def generate_mnist(args, device):
         seed=args.seed,
         per_shape=1 if args.factual else args.per_shape,
         jitter=0.0 if args.factual else args.jitter,
+        mix=0.0 if args.factual else args.mix,
         factual=args.factual,
         weights_sha256=sha256,
         images_sha256=hashlib.sha256(real.images.numpy()).hexdigest() if real else "",
@@ -410,6 +417,11 @@ def parse_mnist(parser, argv):
     mixing.add_argument(
         "--jitter", type=runs.non_negative_float, default=0.05, metavar="S",
         help="shift the colors of each foreground and each background by N(0, S); they are 0 to 1",
+    )
+    mixing.add_argument(
+        "--mix", type=runs.non_negative_float, default=0.0, metavar="S",
+        help="mix the color channels of each foreground and each background, -1 to 1, by "
+        "I + N(0, S)",
     )
     args = parser.parse_args(argv)
     if not args.n:
@@ -618,7 +630,7 @@ def csv_text(rows):
 def write_csv(path, rows):
     """Write rows as a CSV file, whole or not at all."""
     with runs.atomic(path) as temporary:
-        temporary.write_text(csv_text(rows))
+        temporary.write_text(csv_text(rows), encoding="utf-8")
 
 
 def write_labels(args, z_dim, allowed, photos):
@@ -641,7 +653,7 @@ def read_left_out(args):
     rows = {}
     path = args.out / "left_out.csv"
     if path.is_file():
-        lines = path.read_text(errors="replace").rpartition("\n")[0]
+        lines = path.read_text("utf-8", errors="replace").rpartition("\n")[0]
         for row in csv.reader(io.StringIO(lines)):
             if len(row) == len(LEFT_OUT_COLUMNS) and row[0].isdigit():
                 rows[int(row[0])] = row

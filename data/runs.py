@@ -263,7 +263,7 @@ def cannot_write(path, error):
 def append_text(path, text):
     """Append lines. A kill may cut the last one."""
     try:
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
         raise cannot_write(path, error) from None

@@ -118,14 +118,29 @@ class RealShapes(NamedTuple):
     left_out: int  # images without an object
 
 
-def find_real_shapes(args, segmenter, dataset, offline, device):
+def find_real_shapes(args, weights, trained, device):
     """The shapes of the biased training images, without those that are held out.
 
-    They are drawn on the CPU, so that all devices see the same images. Masks that cannot be an
-    object are left out.
+    weights, trained: the generator's file and the arguments of its training. The images are drawn
+    on the CPU, so that all devices see the same. Masks that cannot be an object are left out.
     """
+    dataset = args.dataset or trained.get("dataset")
+    if not dataset:
+        raise runs.UserError(f"--shapes real: {weights} does not say its --dataset; give it")
+    if dataset != "wildlife_mnist" and args.textures:
+        raise runs.UserError(f"--textures: {dataset} has none")
+    if trained.get("textures") and not args.textures:
+        raise runs.UserError(
+            f"--shapes real: {weights} was trained with --textures {trained['textures']}; give the "
+            "same textures"
+        )
+    segmenter = train_cgn.load_segmenter(weights).to(device)
     data, _ = mnist.load_variant(
-        dataset, args.data_dir, textures=args.textures, offline=offline, seed=args.seed
+        dataset,
+        args.data_dir,
+        textures=args.textures,
+        offline=bool(trained.get("offline")),
+        seed=args.seed,
     )
     count = len(data) - data.held_out
     images = data.all_images(args.seed)[:count]
@@ -338,39 +353,34 @@ def generate_mnist(args, device):
             "OFFLINE weights: trained on synthetic digits. No image of them says anything of MNIST."
         )
     cgn.to(device)
-    dataset = args.dataset or trained.get("dataset")
-    real = None
-    if args.shapes == "real":
-        if not dataset:
-            raise runs.UserError(f"--shapes real: {weights} does not say its --dataset; give it")
-        segmenter = train_cgn.load_segmenter(weights).to(device)
-        real = find_real_shapes(args, segmenter, dataset, offline, device)
     sha256 = runs.file_sha256(weights)
-    settings = Settings(
-        seed=args.seed,
-        per_shape=1 if args.factual else args.per_shape,
-        jitter=0.0 if args.factual else args.jitter,
-        mix=0.0 if args.factual else args.mix,
-        factual=args.factual,
-        weights_sha256=sha256,
-        images_sha256=hashlib.sha256(real.images.numpy()).hexdigest() if real else "",
-    )
-    description = {
-        "shapes": args.shapes,
-        "left_out": real.left_out if real else 0,
-        "dataset": dataset,
-        "offline": offline,
-        "weights": str(weights),
-    }
     with runs.claim_folder(args.out, __file__, args.resume):
+        real = None
+        if args.shapes == "real":
+            real = find_real_shapes(args, weights, trained, device)
+        description = {
+            "shapes": args.shapes,
+            "left_out": real.left_out if real else 0,
+            "dataset": args.dataset or trained.get("dataset"),
+            "offline": offline,
+            "weights": str(weights),
+        }
         arguments = vars(args) | description | {"weights_sha256": sha256}
         runs.describe_run(args.out, __file__, arguments)
         if args.n:
+            settings = Settings(
+                seed=args.seed,
+                per_shape=1 if args.factual else args.per_shape,
+                jitter=0.0 if args.factual else args.jitter,
+                mix=0.0 if args.factual else args.mix,
+                factual=args.factual,
+                weights_sha256=sha256,
+                images_sha256=hashlib.sha256(real.images.numpy()).hexdigest() if real else "",
+            )
             generate_dataset(cgn, args, settings, description, device, real)
         elif real:
-            sheet = pictures.segmentation_sheet(
-                cgn, real.images.to(device), real.masks, real.labels
-            )
+            images = real.images.to(device)
+            sheet = pictures.segmentation_sheet(cgn, images, real.masks, real.labels)
             pictures.save_png(args.out / "segmentation.png", sheet)
             print(f"{args.out}: segmentation.png")
         else:

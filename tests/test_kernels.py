@@ -677,7 +677,7 @@ def test_kernels_compile_for_gpus_of_three_generations_without_spilling():
 def test_training_with_either_kernels_logs_the_same_losses(tmp_path, monkeypatch):
     flags = (
         "--dataset colored_mnist --offline --warmup 1 --max-steps 2 --style-every 1 --log-every 1 "
-        f"--sample-every 0 --batch-size 3 --amp off --device {DEVICE}"
+        f"--sample-every 0 --batch-size 3 --amp off --segmenter-steps 0 --device {DEVICE}"
     )
     logs = []
     for backend in ("triton", "eager"):

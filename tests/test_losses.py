@@ -205,6 +205,23 @@ def test_shuffling_rolls_each_image_by_its_own_offsets():
 # Losses of MNIST
 
 
+def test_frame_loss_takes_the_two_corners_that_agree_best():
+    """An object may fill the others, whatever its color; the middle never counts."""
+    torch.manual_seed(0)
+    background = torch.rand(4, 3, 1, 1).expand(4, 3, 32, 32)
+    x_gt = background.clone()
+    assert train_cgn.frame_loss(background, x_gt) < 1e-12
+    x_gt[..., 3:-3, 3:-3] = -1
+    x_gt[..., 16:, :] = 1
+    assert train_cgn.frame_loss(background, x_gt) < 1e-12
+    x_gt[..., :16, :16] = 1  # a third corner: of the two best, one is 1 instead of the background
+    expected = (1 - background).square().mean() / 2
+    assert torch.allclose(train_cgn.frame_loss(background, x_gt), expected)
+    corners = train_cgn.corner_pixels(torch.arange(1024.0).view(1, 1, 32, 32))
+    assert corners.shape == (1, 1, 4, 51)
+    assert corners[0, 0].amin(1).tolist() == [0, 22 * 32, 22, 22 * 32 + 29]
+
+
 def test_border_loss_is_the_mean_of_the_frame():
     mask = torch.zeros(2, 1, 32, 32)
     mask[..., 3:-3, 3:-3] = 1  # fills all but the frame

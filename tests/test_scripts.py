@@ -45,6 +45,7 @@ def trained(digits_dir, tmp_path_factory):
     """A short training on the small MNIST: its run folder."""
     out = tmp_path_factory.mktemp("trained") / "run"
     flags = "--style-weights 0 0 0 0 --warmup 5 --max-steps 30 --log-every 10 --device cpu".split()
+    flags += ["--segmenter-steps", 0]
     dataset = ["--dataset", "colored_mnist", "--data-dir", digits_dir]
     run("train_cgn.py", *dataset, *flags, "--out", out)
     return out
@@ -56,7 +57,7 @@ def trained(digits_dir, tmp_path_factory):
 
 def test_offline_chain_from_nothing(tmp_path):
     common = "--dataset colored_mnist --offline --device cpu".split()
-    flags = "--warmup 1 --max-steps 3 --style-every 2 --log-every 1".split()
+    flags = "--warmup 1 --max-steps 3 --segmenter-steps 1 --style-every 2 --log-every 1".split()
     done = run("train_cgn.py", *common, *flags, "--out", tmp_path / "cgn")
     assert "OFFLINE" in done.stdout
     lines = read_log(tmp_path / "cgn")

@@ -1,4 +1,5 @@
-"""Make a bundled file of a run: the moving average in half precision, and the run's arguments.
+"""Make a bundled file of a run: the moving average and the segmenter in half precision, and the
+run's arguments.
 
 python -m data.pretrained.halve runs/colored/weights.pt data/pretrained/colored_mnist.pt
 """
@@ -19,8 +20,11 @@ def main():
         raise runs.UserError(
             f"{args.weights}: holds no moving average with its arguments; give a run's weights.pt"
         )
-    average = weights.to_half(content["average"])
-    runs.save_tensors(args.out, {"average": average, "args": content["args"]})
+    bundled = {"args": content["args"]}
+    for name in ("average", "segmenter"):
+        if name in content:
+            bundled[name] = weights.to_half(content[name])
+    runs.save_tensors(args.out, bundled)
 
 
 if __name__ == "__main__":

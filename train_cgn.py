@@ -649,7 +649,7 @@ def mnist_flags(parser, variant, preset):
     )
     group.add_argument(
         "--frame-weight", type=runs.non_negative_float, default=10.0,
-        help="colors of the background against those in the real image's outer 3 pixels",
+        help="colors of the background against those in corners of the real image",
     )
     group.add_argument(
         "--labels", choices=["batch", "uniform"], default="batch",

@@ -18,7 +18,7 @@ FROZEN = ("biggan_GT.", "u2net.")
 # Arguments that may change when a run is resumed, in all scripts.
 FREE = frozenset(
     # A preset only sets the defaults of others.
-    "preset epochs max_steps seeds evaluate explain"
+    "preset epochs max_steps segmenter_steps seeds evaluate explain"
     " out resume device kernels recompute compile workers"
     " weights weights_dir data_dir biggan u2net pretrained"
     " log_every sample_every save_every bad_steps"

@@ -277,6 +277,9 @@ RUNS = """
 . train_cgn TINY --bad-steps 1
 . train_cgn TINY --amp bf16
 . train_cgn TINY --resume
+. train_cgn TINY --max-steps 0 --weights GENERATORFILE --segmenter-steps 1
+train_cgn TINY --max-steps 0
+train_cgn --dataset imagenet --preset small --offline --max-steps 0 --out OUT
 train_cgn TINY --epochs 2147483647 --max-steps 1
 train_cgn TINY --textures NOWHERE
 train_cgn TINY --batch-size 2147483647
@@ -303,6 +306,7 @@ train_cgn --dataset imagenet --preset published --offline --out OUT
 . generate GENERATOR --n 3 --factual --raw-weights
 . generate GENERATOR --factual --n 5
 . generate GENERATOR --n 3 --jitter 1e30
+. generate GENERATOR --n 3 --mix 1e30
 . generate GENERATOR --n 3 --resume auto
 generate GENERATOR --n 3 --resume other
 generate GENERATOR --n 3 --start 2
@@ -312,6 +316,9 @@ generate GENERATOR --n 3 --dataset cifar
 generate GENERATOR --n 3 --dataset imagenet
 generate GENERATOR --n 3 --factual --jitter 0.3
 generate GENERATOR --per-shape 3
+generate GENERATOR --mix 0.2
+generate GENERATOR --shapes real --data-dir DIGITS --n 3
+generate GENERATOR --images DIGITS
 generate --n 3 --dataset imagenet --factual --out OUT
 . generate --n 3 --out OUT
 generate --n 3 --dataset cifar --out OUT

@@ -1,5 +1,5 @@
 """Make a bundled file of a run: the moving average and the segmenter in half precision, and the
-run's arguments.
+run's arguments without folders.
 
 python -m data.pretrained.halve runs/colored/weights.pt data/pretrained/colored_mnist.pt
 """
@@ -8,6 +8,8 @@ import argparse
 from pathlib import Path
 
 from data import runs, weights
+
+PLACES = ("data_dir", "weights_dir", "out", "resume", "weights")
 
 
 def main():
@@ -20,7 +22,11 @@ def main():
         raise runs.UserError(
             f"{args.weights}: holds no moving average with its arguments; give a run's weights.pt"
         )
-    bundled = {"args": content["args"]}
+    # Where files lay on the machine of the run means nothing on another.
+    kept = {k: v for k, v in content["args"].items() if k not in PLACES}
+    if kept.get("textures"):
+        kept["textures"] = Path(kept["textures"]).name
+    bundled = {"args": kept}
     for name in ("average", "segmenter"):
         if name in content:
             bundled[name] = weights.to_half(content[name])

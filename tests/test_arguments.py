@@ -172,6 +172,7 @@ MODES = {
     "sheets": "generate --out OUT --device cpu",
     "data set": "generate --out OUT --device cpu --n 3",
     "factual": "generate --out OUT --device cpu --n 3 --factual",
+    "shapes": "generate --out OUT --device cpu --n 3 --shapes real --data-dir DIGITS",
     "parts": "generate --dataset imagenet --weights-dir PRETRAINED --out OUT --device cpu",
     "pictures": "generate --dataset imagenet --weights-dir PRETRAINED --out OUT --device cpu --n 2"
     " --batch-size 2",

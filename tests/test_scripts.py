@@ -57,7 +57,7 @@ def trained(digits_dir, tmp_path_factory):
 
 def test_offline_chain_from_nothing(tmp_path):
     common = "--dataset colored_mnist --offline --device cpu".split()
-    flags = "--warmup 1 --max-steps 3 --segmenter-steps 1 --style-every 2 --log-every 1".split()
+    flags = "--warmup 1 --max-steps 3 --segmenter-steps 0 --style-every 2 --log-every 1".split()
     done = run("train_cgn.py", *common, *flags, "--out", tmp_path / "cgn")
     assert "OFFLINE" in done.stdout
     lines = read_log(tmp_path / "cgn")
@@ -185,7 +185,7 @@ def test_sheets(trained, tmp_path):
 def test_bundled_generators(dataset, tmp_path):
     path = ROOT / "data" / "pretrained" / f"{dataset}.pt"
     content = load(path)
-    assert content["args"]["dataset"] == dataset and path.stat().st_size < 1.5e6
+    assert content["args"]["dataset"] == dataset and path.stat().st_size < 1.7e6
     floats = [value for value in content["average"].values() if value.is_floating_point()]
     assert {value.dtype for value in floats} == {torch.float16}
     cgn, _ = load_generator(path)

@@ -70,7 +70,7 @@ def shared_flags(parser):
     )
     training.add_argument(
         "--epoch-steps", type=runs.positive_int,
-        help="steps in an epoch; all images once if not given",
+        help="steps in an epoch; all images once if not given, which on ImageNet is the most",
     )
     training.add_argument("--max-steps", type=runs.positive_int, help="all steps of the run")
     training.add_argument("--lr", type=runs.non_negative_float, help="in the first epoch")

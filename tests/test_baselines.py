@@ -137,6 +137,46 @@ def test_other_training_sets(colored, counterfactuals, tmp_path):
             assert abs(decorrelated - summary["correlated"]["mean"]) < 15
 
 
+def test_decorrelated_accuracy_in_two_parts(digits_dir, tmp_path):
+    """A classifier that follows the background is right where it tells the digit, and there alone
+    if the object has its class as well.
+    """
+    flags = f"--dataset double_colored_mnist --data-dir {digits_dir} --out {tmp_path}".split()
+    args = train_classifier.parse_args(flags)
+    data = train_classifier.load_digit_data(args, torch.device("cpu"))
+    assert 0 < data.one_class.sum() < len(data.one_class) / 4
+    palette = data.original.palettes[1] * 2 - 1  # (10, 3) in [-1, 1]
+
+    class Background(torch.nn.Module):
+        def forward(self, x):
+            distance = (x[:, None, :, 0, 0] - palette).square().sum(2)
+            return -distance
+
+    metrics = train_classifier.measure_digits(Background(), data)
+    assert metrics["biased"] > 95 and metrics["correlated"] > 95
+    right = train_classifier.correct_predictions(Background(), *data.test_sets["decorrelated"])
+    assert metrics["decorrelated"] == 100 * right.double().mean()
+    for name, part in (("one class", data.one_class), ("two classes", ~data.one_class)):
+        assert metrics[name] == pytest.approx(100 * right[part].double().mean().item())
+    black = train_classifier.parse_args(["--dataset", "colored_mnist", *flags[2:]])
+    assert train_classifier.load_digit_data(black, torch.device("cpu")).one_class is None
+
+
+def test_epochs_longer_than_the_data(digits_dir, tmp_path):
+    """The images are taken again, in colors drawn anew."""
+    flags = f"--dataset double_colored_mnist --data-dir {digits_dir} --device cpu".split()
+    flags += ["--train", "decorrelated", "--epochs", "2", "--epoch-steps", "12"]
+    flags += ["--out", str(tmp_path / "run")]
+    run("train_classifier.py", *flags)
+    assert [line["step"] for line in epoch_lines(tmp_path / "run")] == [12, 24]
+    args = train_classifier.parse_args(flags)
+    data = train_classifier.load_digit_data(args, torch.device("cpu"))
+    images, labels = train_classifier.training_images(args, data, range(2))
+    n = len(data.original)
+    assert len(images) == 2 * n and torch.equal(labels[:n], labels[n:])
+    assert not torch.equal(images[:n], images[n:])
+
+
 def test_several_counterfactual_sets_are_used_together(colored, counterfactuals, tmp_path):
     content = [load(folder / "chunk_00000.pt") for folder in counterfactuals]
     images = torch.cat([part["images"] for part in content])

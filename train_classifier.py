@@ -377,9 +377,10 @@ def train_digits(args, seed, out, data, device, stop):
     optimizer = torch.optim.Adadelta(parameters, lr=args.lr)
 
     batch_size = args.batch_size
-    steps_per_turn = math.ceil(count_training_images(args, data) / batch_size)
-    steps_per_epoch = args.epoch_steps or steps_per_turn
-    turns = math.ceil(steps_per_epoch / steps_per_turn)  # in which an epoch takes all images
+    count = count_training_images(args, data)
+    steps_per_epoch = args.epoch_steps or math.ceil(count / batch_size)
+    # So often an epoch takes all images: its last step needs one at least.
+    turns = math.ceil(((steps_per_epoch - 1) * batch_size + 1) / count)
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     path, content = checkpoints.read_checkpoint(out, args.resume)
     training = checkpoints.Training(

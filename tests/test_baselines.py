@@ -165,10 +165,16 @@ def test_decorrelated_accuracy_in_two_parts(digits_dir, tmp_path):
 def test_epochs_longer_than_the_data(digits_dir, tmp_path):
     """The images are taken again, in colors drawn anew."""
     flags = f"--dataset double_colored_mnist --data-dir {digits_dir} --device cpu".split()
-    flags += ["--train", "decorrelated", "--epochs", "2", "--epoch-steps", "12"]
+    # Twice 500 images are 16.7 batches of 60: the 18th takes from a third turn.
+    flags += ["--train", "decorrelated", "--epochs", "2", "--epoch-steps", "18"]
+    flags += ["--batch-size", "60"]
     flags += ["--out", str(tmp_path / "run")]
     run("train_classifier.py", *flags)
-    assert [line["step"] for line in epoch_lines(tmp_path / "run")] == [12, 24]
+    lines = epoch_lines(tmp_path / "run")
+    assert [line["step"] for line in lines] == [18, 36]
+    assert all(line["loss"] > 0 for line in lines)
+    log = (tmp_path / "run" / "seed_0" / "log.jsonl").read_text()
+    assert "left_out" not in log  # no batch was empty
     args = train_classifier.parse_args(flags)
     data = train_classifier.load_digit_data(args, torch.device("cpu"))
     images, labels = train_classifier.training_images(args, data, range(2))

@@ -254,23 +254,23 @@ def load_digit_data(args, device):
     return DigitData(original, counterfactual, test, test_sets, one_class)
 
 
-def training_images(args, data, turns):
-    """All training images in some turns, uint8 (n, 3, 32, 32), and labels (n,).
+def training_images(args, data, turn):
+    """All training images, uint8 (n, 3, 32, 32), and labels (n,).
 
-    turns: a range. The colors of original digits are drawn anew in each, where the variant does so.
+    turn: counts how often all were taken. The colors of original digits are drawn anew in each,
+    where the variant does so.
     """
     images, labels = [], []
-    for turn in turns:
-        seed = args.seed + 1000 + turn
-        if args.train == "decorrelated":
-            images.append(data.original.decorrelated_images(seed)[0])
-            labels.append(data.original.labels)
-        elif args.train in ("original", "both"):
-            images.append(data.original.all_images(seed))
-            labels.append(data.original.labels)
-        if args.train in ("counterfactual", "both"):
-            images.append(data.counterfactual[0])
-            labels.append(data.counterfactual[1])
+    seed = args.seed + 1000 + turn
+    if args.train == "decorrelated":
+        images.append(data.original.decorrelated_images(seed)[0])
+        labels.append(data.original.labels)
+    elif args.train in ("original", "both"):
+        images.append(data.original.all_images(seed))
+        labels.append(data.original.labels)
+    if args.train in ("counterfactual", "both"):
+        images.append(data.counterfactual[0])
+        labels.append(data.counterfactual[1])
     if len(images) == 1:
         return images[0], labels[0]
     return torch.cat(images), torch.cat(labels)
@@ -378,9 +378,9 @@ def train_digits(args, seed, out, data, device, stop):
 
     batch_size = args.batch_size
     count = count_training_images(args, data)
-    steps_per_epoch = args.epoch_steps or math.ceil(count / batch_size)
-    # So often an epoch takes all images: its last step needs one at least.
-    turns = math.ceil(((steps_per_epoch - 1) * batch_size + 1) / count)
+    steps_per_turn = math.ceil(count / batch_size)  # a turn takes all images once
+    steps_per_epoch = args.epoch_steps or steps_per_turn
+    turns_per_epoch = math.ceil(steps_per_epoch / steps_per_turn)
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     path, content = checkpoints.read_checkpoint(out, args.resume)
     training = checkpoints.Training(
@@ -398,18 +398,23 @@ def train_digits(args, seed, out, data, device, stop):
     extra = training.extra
 
     for epoch in range(extra["epoch"], math.ceil(last_step / steps_per_epoch)):
-        images, labels = training_images(args, data, range(epoch * turns, (epoch + 1) * turns))
-        shuffle = runs.seeded_generator(seed, "classifier order", epoch)
-        order = torch.randperm(len(labels), generator=shuffle).to(device)
+        turn = None
         optimizer.param_groups[0]["lr"] = args.lr * args.gamma**epoch
         first_step = epoch * steps_per_epoch
         classifier.train()
 
         for step in range(training.step, min(first_step + steps_per_epoch, last_step)):
             # Data
-            start = (step - first_step) * batch_size
-            index = order[start : start + batch_size]
-            generator = runs.seeded_generator(1_000 * seed + epoch, "step", start)
+            turn_of_step, position = divmod(step - first_step, steps_per_turn)
+            if turn_of_step != turn:
+                turn = turn_of_step
+                counted = epoch * turns_per_epoch + turn
+                images, labels = training_images(args, data, counted)
+                shuffle = runs.seeded_generator(seed, "classifier order", counted)
+                order = torch.randperm(len(labels), generator=shuffle).to(device)
+            index = order[position * batch_size : (position + 1) * batch_size]
+            first = (step - first_step) * batch_size
+            generator = runs.seeded_generator(1_000 * seed + epoch, "step", first)
             x = mnist.to_float(images.index_select(0, index))  # (N, 3, 32, 32) in [-1, 1]
             y = labels[index]
             if args.augment:

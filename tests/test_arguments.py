@@ -324,6 +324,7 @@ generate --n 3 --dataset imagenet --factual --out OUT
 . generate --n 3 --out OUT
 generate --n 3 --dataset cifar --out OUT
 . train_classifier DIGIT --batch-size 2147483647
+. train_classifier DIGIT --epoch-steps 2147483647 --max-steps 1
 . train_classifier DIGIT --lr 0 --gamma 0
 . train_classifier DIGIT --gamma 1e30 --epochs 2
 . train_classifier DIGIT --seeds 1 1

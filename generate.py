@@ -116,10 +116,11 @@ class RealShapes(NamedTuple):
     labels: torch.Tensor  # (n,), classes
     images: torch.Tensor  # uint8 (n, 3, 32, 32), on the CPU
     left_out: int  # images without an object
+    sha256: str  # of all training images
 
 
 def find_real_shapes(args, weights, trained, device):
-    """The shapes of the biased training images, without those that are held out.
+    """The shapes of as many biased training images as args.n needs, none of them held out.
 
     weights, trained: the generator's file and the arguments of its training. The images are drawn
     on the CPU, so that all devices see the same. Masks that cannot be an object are left out.
@@ -145,17 +146,41 @@ def find_real_shapes(args, weights, trained, device):
     count = len(data) - data.held_out
     images = data.all_images(args.seed)[:count]
     labels = data.labels[:count]
-    parts = [train_cgn.find_masks(segmenter, part.to(device)) for part in images.split(5000)]
-    masks = torch.cat(parts)
-    good = is_object(masks).cpu()
-    left_out = count - int(good.sum())
-    print(f"{count} real images, {left_out} left out: no object found")
+    needed = math.ceil((args.n or 1) / args.per_shape)  # a sheet shows some of the first
+    masks, good = find_objects(segmenter, images, needed, device)
     if not good.any():
         raise runs.UserError(
             "--shapes real: the segmenter found no object in any training image; look at the "
             "training's segmentation.png"
         )
-    return RealShapes(masks[good.to(device)], labels[good].to(device), images[good], left_out)
+    index = good.nonzero()[:, 0].cpu()
+    return RealShapes(
+        masks[good],
+        labels[index].to(device),
+        images[index],
+        left_out=int((~good).sum()),
+        sha256=hashlib.sha256(images.numpy()).hexdigest(),
+    )
+
+
+def find_objects(segmenter, images, needed, device):
+    """Find masks in the first m images, so many that `needed` of the masks may be an object.
+
+    images: uint8 (n, 3, 32, 32). Returns masks, uint8 (m, 1, 32, 32), and which may be an object,
+    bool (m,).
+    """
+    masks = torch.empty(0, 1, 32, 32, dtype=torch.uint8, device=device)
+    for part in images.split(5000):
+        masks = torch.cat([masks, train_cgn.find_masks(segmenter, part.to(device))])
+        good = is_object(masks)
+        left_out = int((~good).sum())
+        print(
+            f"{len(masks)} of {len(images)} real images, {left_out} left out: no object found",
+            flush=True,
+        )
+        if len(masks) - left_out >= needed:
+            break
+    return masks, good
 
 
 def is_object(masks):
@@ -375,7 +400,7 @@ def generate_mnist(args, device):
                 mix=0.0 if args.factual else args.mix,
                 factual=args.factual,
                 weights_sha256=sha256,
-                images_sha256=hashlib.sha256(real.images.numpy()).hexdigest() if real else "",
+                images_sha256=real.sha256 if real else "",
             )
             generate_dataset(cgn, args, settings, description, device, real)
         elif real:

@@ -192,6 +192,17 @@ def test_masks_that_are_no_objects_are_left_out():
     assert generate.is_object(masks).tolist() == [False, False, True, False, False]
 
 
+def test_no_more_images_are_segmented_than_needed(monkeypatch):
+    images = torch.zeros(12_000, 3, 32, 32, dtype=torch.uint8)
+    images[:4_000, :, 10:20, 10:20] = 255
+    images[7_000:, :, 10:20, 10:20] = 255
+    monkeypatch.setattr(train_cgn, "find_masks", lambda segmenter, images: images[:, :1])
+    for needed, seen in ((4_000, 5_000), (4_001, 10_000), (9_001, 12_000)):
+        masks, good = generate.find_objects(None, images, needed, torch.device("cpu"))
+        assert len(masks) == len(good) == seen
+        assert not good[4_000:7_000].any() and good[:4_000].all() and good[7_000:].all()
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [

@@ -27,15 +27,19 @@ import hashlib
 import io
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
+import torchvision
 from PIL import Image
 
 import train_cgn
-from data import checkpoints, download, imagenet, mnist, pictures, runs
+from data import checkpoints, download, folders, imagenet, mnist, pictures, runs
+from data.weights import load_network
 from kernels import compose, shuffle_patches
 
 # ==================================================================================================
@@ -61,15 +65,16 @@ class Latents(NamedTuple):
     mix: torch.Tensor  # (n, 3, 3), N(0, 1), of each channel into each
 
 
-def sample_latents(seed, stream, start, stop, device="cpu"):
+def sample_latents(cgn, seed, stream, start, stop):
     """Latents of images start to stop - 1, drawn on the CPU, so that all devices agree."""
+    device = cgn.label_emb.weight.device
     blocks = []
     for block in range(start // BLOCK, math.ceil(stop / BLOCK)):
         generator = runs.seeded_generator(seed, stream, block)
         latents = Latents(
-            torch.randn(BLOCK, train_cgn.LATENT, generator=generator),
-            torch.randint(train_cgn.CLASSES, (BLOCK,), generator=generator),
-            torch.randint(mnist.SIZE, (BLOCK, 2), generator=generator),
+            torch.randn(BLOCK, cgn.z_dim, generator=generator),
+            torch.randint(len(cgn.names), (BLOCK,), generator=generator),
+            torch.randint(cgn.size, (BLOCK, 2), generator=generator),
             torch.randn(BLOCK, 3, generator=generator),
             torch.randn(BLOCK, 3, 3, generator=generator),
         )
@@ -79,15 +84,17 @@ def sample_latents(seed, stream, start, stop, device="cpu"):
     return Latents(*(part.to(device) for part in joined))
 
 
-def run_mechanism(mechanism, seed, stream, start, stop, device):
-    """A mechanism's outputs (n, C, 32, 32) and classes (n,) for images start to stop - 1.
+def run_mechanism(cgn, mechanism, seed, stream, start, stop):
+    """A mechanism's outputs (n, C, S, S) and classes (n,) for images start to stop - 1.
+
+    mechanism: cgn.mask, cgn.foreground or cgn.background.
 
     The network always sees whole slices, which begin at multiples of SLICE: kernels round
     differently for other batch sizes, and some pixel would get the next of its 256 values.
     """
     first = start // SLICE * SLICE
     last = math.ceil(stop / SLICE) * SLICE
-    latents = sample_latents(seed, stream, first, last, device)
+    latents = sample_latents(cgn, seed, stream, first, last)
     slices = zip(latents.z.split(SLICE), latents.y.split(SLICE))
     outputs = torch.cat([mechanism(z, y) for z, y in slices])
     return outputs[start - first : stop - first], latents.y[start - first : stop - first]
@@ -112,9 +119,9 @@ class Settings(NamedTuple):
 class RealShapes(NamedTuple):
     """Masks that the segmenter found in real images."""
 
-    masks: torch.Tensor  # uint8 (n, 1, 32, 32), 255 where the object is
+    masks: torch.Tensor  # uint8 (n, 1, S, S), 255 where the object is
     labels: torch.Tensor  # (n,), classes
-    images: torch.Tensor  # uint8 (n, 3, 32, 32), on the CPU
+    images: torch.Tensor  # uint8 (n, 3, S, S), on the CPU
     left_out: int  # images without an object
     sha256: str  # of all training images
 
@@ -122,8 +129,8 @@ class RealShapes(NamedTuple):
 def find_real_shapes(args, weights, trained, device):
     """The shapes of as many biased training images as args.n needs, none of them held out.
 
-    weights, trained: the generator's file and the arguments of its training. The images are drawn
-    on the CPU, so that all devices see the same. Masks that cannot be an object are left out.
+    weights, trained: the generator's file and the arguments of its training. Masks that cannot be
+    an object are left out.
     """
     dataset = args.dataset or trained.get("dataset")
     if not dataset:
@@ -136,13 +143,7 @@ def find_real_shapes(args, weights, trained, device):
             "same textures"
         )
     segmenter = train_cgn.load_segmenter(weights).to(device)
-    data, _ = mnist.load_variant(
-        dataset,
-        args.data_dir,
-        textures=args.textures,
-        offline=bool(trained.get("offline")),
-        seed=args.seed,
-    )
+    data = load_biased_images(args, dataset, trained)
     count = len(data) - data.held_out
     images = data.all_images(args.seed)[:count]
     labels = data.labels[:count]
@@ -163,13 +164,32 @@ def find_real_shapes(args, weights, trained, device):
     )
 
 
+def load_biased_images(args, dataset, trained):
+    """The training images of a generator, on the CPU, so that all devices see the same."""
+    if dataset != "images":
+        data, _ = mnist.load_variant(
+            dataset,
+            args.data_dir,
+            textures=args.textures,
+            offline=bool(trained.get("offline")),
+            seed=args.seed,
+        )
+        return data
+    if args.data_dir == runs.DOWNLOADS:
+        raise runs.UserError("--shapes real: give the training images as --data-dir")
+    data, _ = folders.load_folder(args.data_dir, trained["image_size"])
+    if data.names != list(trained["class_counts"]):
+        raise runs.UserError(f"--data-dir {args.data_dir}: its classes are not the generator's")
+    return data
+
+
 def find_objects(segmenter, images, needed, device):
     """Find masks in the first m images, so many that `needed` of the masks may be an object.
 
-    images: uint8 (n, 3, 32, 32). Returns masks, uint8 (m, 1, 32, 32), and which may be an object,
-    bool (m,).
+    images: uint8 (n, 3, S, S). Returns masks, uint8 (m, 1, S, S), and which may be an object, bool
+    (m,).
     """
-    masks = torch.empty(0, 1, 32, 32, dtype=torch.uint8, device=device)
+    masks = torch.empty(0, 1, *images.shape[2:], dtype=torch.uint8, device=device)
     for part in images.split(5000):
         masks = torch.cat([masks, train_cgn.find_masks(segmenter, part.to(device))])
         good = is_object(masks)
@@ -184,7 +204,7 @@ def find_objects(segmenter, images, needed, device):
 
 
 def is_object(masks):
-    """Which masks, uint8 (n, 1, 32, 32), may be an object: neither empty, nor nearly full, nor a
+    """Which masks, uint8 (n, 1, S, S), may be an object: neither empty, nor nearly full, nor a
     background, whose frame is filled. Returns bool (n,).
     """
     masks = masks / 255
@@ -195,7 +215,8 @@ def is_object(masks):
 
 @torch.inference_mode()
 def generate_batch(cgn, settings, start, stop, device, real=None):
-    """Images start to stop - 1 of a data set, uint8 (n, 3, 32, 32), and labels, uint8 (n, 3).
+    """Images start to stop - 1 of a data set, uint8 (n, 3, S, S), and labels, (n, 3), which are
+    uint8 if there are no more than 256 classes.
 
     real: RealShapes to take in turn, in place of the generator's. Images and labels lie on the CPU.
     """
@@ -208,27 +229,28 @@ def generate_batch(cgn, settings, start, stop, device, real=None):
         masks = real.masks[index] / 255
         shapes = real.labels[index]
     else:
-        masks, shapes = run_mechanism(cgn.mask, settings.seed, SHAPE, first, last, device)
-    mask = masks[shape_index - first]  # (n, 1, 32, 32)
-    foreground, textures = generate_texture(cgn.foreground, settings, TEXTURE, start, stop, device)
+        masks, shapes = run_mechanism(cgn, cgn.mask, settings.seed, SHAPE, first, last)
+    mask = masks[shape_index - first]  # (n, 1, S, S)
+    foreground, textures = generate_texture(cgn, cgn.foreground, settings, TEXTURE, start, stop)
     background, backgrounds = generate_texture(
-        cgn.background, settings, BACKGROUND, start, stop, device
+        cgn, cgn.background, settings, BACKGROUND, start, stop
     )
-    images = compose(mask, foreground, background)  # (n, 3, 32, 32) in [-1, 1]
+    images = compose(mask, foreground, background)  # (n, 3, S, S) in [-1, 1]
     images = images.add_(1).mul_(127.5).round_().to(torch.uint8)
     labels = torch.stack([shapes[shape_index - first], textures, backgrounds], 1)
-    return images.cpu(), labels.to(torch.uint8).cpu()
+    dtype = torch.uint8 if len(cgn.names) <= 256 else torch.int16
+    return images.cpu(), labels.to(dtype).cpu()
 
 
-def generate_texture(mechanism, settings, stream, start, stop, device):
-    """Textures (n, 3, 32, 32) in [-1, 1], shuffled, mixed and shifted, and their classes (n,)."""
+def generate_texture(cgn, mechanism, settings, stream, start, stop):
+    """Textures (n, 3, S, S) in [-1, 1], shuffled, mixed and shifted, and their classes (n,)."""
     # Factual images are as in training: one latent and one class for all three mechanisms.
     source = SHAPE if settings.factual else stream
-    texture, y = run_mechanism(mechanism, settings.seed, source, start, stop, device)
-    latents = sample_latents(settings.seed, stream, start, stop, device)
+    texture, y = run_mechanism(cgn, mechanism, settings.seed, source, start, stop)
+    latents = sample_latents(cgn, settings.seed, stream, start, stop)
     texture = shuffle_patches(texture, latents.offset)
     if settings.mix:
-        mix = torch.eye(3, device=device) + settings.mix * latents.mix
+        mix = torch.eye(3, device=texture.device) + settings.mix * latents.mix
         texture = torch.einsum("nij,njhw->nihw", mix, texture)
     texture = texture + 2 * settings.jitter * latents.shift[..., None, None]
     return texture.clamp_(-1, 1), y
@@ -256,22 +278,45 @@ def generate_dataset(cgn, args, settings, description, device, real=None):
         images, labels = [], []
         for first in range(start, stop, args.batch_size):
             last = min(first + args.batch_size, stop)
-            batch_images, batch_labels = generate_batch(
-                cgn, settings, first, last, device, real
-            )
+            batch_images, batch_labels = generate_batch(cgn, settings, first, last, device, real)
             images.append(batch_images)
             labels.append(batch_labels)
         content = {"images": torch.cat(images), "labels": torch.cat(labels), "settings": own}
+        if args.format == "png":
+            write_png_files(args.out / "counterfactual", start, content["images"])
         runs.save_tensors(path, content)
         print(f"\r{stop}/{args.n} images", end="", flush=True)
+    if args.format == "png":
+        write_png_labels(args.out, cgn.names, len(starts))
     summary = settings._asdict() | {"n": args.n, "chunks": len(starts)} | description
     runs.write_json(args.out / "dataset.json", summary)
     dataset = description["dataset"] or "NAME"  # published weights do not say
     offline = "--offline " if description["offline"] else ""
+    own = ""
+    if dataset == "images":
+        own = f"--data-dir FOLDER --image-size {cgn.size} "
     print(
         f"\n{args.out}: {args.n} images; next: python train_classifier.py --dataset {dataset} "
-        f"{offline}--train counterfactual --counterfactual {args.out} --out runs/classifier"
+        f"{own}{offline}--train counterfactual --counterfactual {args.out} --out runs/classifier"
     )
+
+
+def write_png_files(folder, start, images):
+    """Images uint8 (n, 3, S, S), the first of which is number `start`, as PNG files."""
+    folder.mkdir(exist_ok=True)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        paths = (folder / f"{index:07d}.png" for index in range(start, start + len(images)))
+        list(pool.map(pictures.write_picture, paths, images))
+
+
+def write_png_labels(out, names, chunks):
+    """labels.csv of all PNG files: classes of shape, texture and background, and their names."""
+    rows = [["file", *imagenet.HEADS, *(f"{head}_name" for head in imagenet.HEADS)]]
+    for chunk in range(chunks):
+        for y in runs.load_tensors(out / f"chunk_{chunk:05d}.pt")["labels"].tolist():
+            file = f"counterfactual/{len(rows) - 1:07d}.png"
+            rows.append([file, *y, *(names[label] for label in y)])
+    runs.write_csv(out / "labels.csv", rows)
 
 
 def is_there(path, settings):
@@ -297,10 +342,10 @@ def is_there(path, settings):
 
 
 @torch.inference_mode()
-def write_sheets(cgn, args, device):
+def write_sheets(cgn, args):
     """Sheets of the mechanisms, of counterfactuals, and of interpolations between classes."""
     pictures.save_png(args.out / "mechanisms.png", pictures.mechanism_sheet(cgn))
-    sheet = draw_counterfactuals(cgn, args.seed, device)
+    sheet = draw_counterfactuals(cgn, args.seed)
     pictures.save_png(args.out / "counterfactuals.png", sheet)
     moving = {
         "shape": [SHAPE],
@@ -309,37 +354,39 @@ def write_sheets(cgn, args, device):
         "all": [SHAPE, TEXTURE, BACKGROUND],
     }
     for name, mechanisms in moving.items():
-        sheet = draw_interpolation(cgn, mechanisms, args.seed, device)
+        sheet = draw_interpolation(cgn, mechanisms, args.seed)
         pictures.save_png(args.out / f"interpolation_{name}.png", sheet)
     files = sorted(file.name for file in args.out.glob("*.png"))
     print(f"{args.out}: {', '.join(files)}")
 
 
-def draw_counterfactuals(cgn, seed, device):
+def draw_counterfactuals(cgn, seed):
     """A sheet: one shape in each row, one pair of textures in each column."""
-    y = torch.arange(train_cgn.CLASSES, device=device)
-    shape = sample_latents(seed, SHAPE, 0, train_cgn.CLASSES, device)
-    texture = sample_latents(seed, TEXTURE, 0, train_cgn.CLASSES, device)
-    scene = sample_latents(seed, BACKGROUND, 0, train_cgn.CLASSES, device)
+    y = pictures.shown_classes(cgn)
+    other = (y + 1 + len(cgn.names) // 4) % len(cgn.names)  # any other class
+    shape = sample_latents(cgn, seed, SHAPE, 0, len(y))
+    texture = sample_latents(cgn, seed, TEXTURE, 0, len(y))
+    scene = sample_latents(cgn, seed, BACKGROUND, 0, len(y))
     mask = cgn.mask(shape.z, y)
     foreground = shuffle_patches(cgn.foreground(texture.z, y), texture.offset)
-    background = cgn.background(scene.z, (y + 3) % train_cgn.CLASSES)  # any other class
-    background = shuffle_patches(background, scene.offset)
-    titles = [f"f{c} b{(c + 3) % train_cgn.CLASSES}" for c in range(train_cgn.CLASSES)]
-    return pictures.counterfactual_sheet(mask, foreground, background, titles)
+    background = shuffle_patches(cgn.background(scene.z, other), scene.offset)
+    titles = [f"f{a} b{b}" for a, b in zip(y.tolist(), other.tolist())]
+    rows = [cgn.names[label] for label in y.tolist()]
+    return pictures.counterfactual_sheet(mask, foreground, background, titles, rows)
 
 
-def draw_interpolation(cgn, mechanisms, seed, device, steps=11):
+def draw_interpolation(cgn, mechanisms, seed, steps=11):
     """A sheet whose row c goes from class c to class c + 1 in the given mechanisms.
 
     The class embedding is interpolated, the latents are fixed.
     """
-    latents = sample_latents(seed, SHAPE, 0, train_cgn.CLASSES, device)
-    y = torch.arange(train_cgn.CLASSES, device=device)
+    y = pictures.shown_classes(cgn)
+    other = (y + 1) % len(cgn.names)
+    latents = sample_latents(cgn, seed, SHAPE, 0, len(y))
     start = cgn.label_emb(y)
-    end = cgn.label_emb((y + 1) % train_cgn.CLASSES)
+    end = cgn.label_emb(other)
     columns = []
-    for position in torch.linspace(0, 1, steps, device=device):
+    for position in torch.linspace(0, 1, steps, device=y.device):
         classes = [start] * 3
         for mechanism in mechanisms:
             classes[mechanism] = torch.lerp(start, end, position)
@@ -349,7 +396,7 @@ def draw_interpolation(cgn, mechanisms, seed, device, steps=11):
         foreground = shuffle_patches(foreground, latents.offset)
         background = shuffle_patches(background, latents.offset)
         columns.append(compose(mask, foreground, background))
-    titles = [f"{c} to {(c + 1) % train_cgn.CLASSES}" for c in range(train_cgn.CLASSES)]
+    titles = [f"{cgn.names[a]} to {cgn.names[b]}" for a, b in zip(y.tolist(), other.tolist())]
     return pictures.interpolation_sheet(columns, titles)
 
 
@@ -387,6 +434,7 @@ def generate_mnist(args, device):
             "shapes": args.shapes,
             "left_out": real.left_out if real else 0,
             "dataset": args.dataset or trained.get("dataset"),
+            "classes": cgn.names,
             "offline": offline,
             "weights": str(weights),
         }
@@ -409,7 +457,7 @@ def generate_mnist(args, device):
             pictures.save_png(args.out / "segmentation.png", sheet)
             print(f"{args.out}: segmentation.png")
         else:
-            write_sheets(cgn, args, device)
+            write_sheets(cgn, args)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -426,7 +474,7 @@ def parse_mnist(parser, argv):
     source = parser.add_argument_group("training images (with --shapes real)")
     source.add_argument(
         "--data-dir", type=Path, default=runs.DOWNLOADS,
-        help="folder with MNIST's files; fetched if missing",
+        help="folder with MNIST's files, fetched if missing; or with a generator's images",
     )
     source.add_argument(
         "--textures", help="of wildlife MNIST: folder with object/ and background/, or 'dtd'"
@@ -438,6 +486,10 @@ def parse_mnist(parser, argv):
     data.add_argument(
         "--batch-size", type=runs.positive_int, default=500,
         help="images in a batch; changes no image",
+    )
+    data.add_argument(
+        "--format", choices=["chunks", "png"], default="chunks",
+        help="png: PNG files and labels.csv beside the chunks, which train_classifier.py reads",
     )
     data.add_argument(
         "--factual", action="store_true",
@@ -506,9 +558,9 @@ def allowed_classes(args):
     best = imagenet.imagenet_metadata()["best_classes"]
     allowed = []
     for name in imagenet.HEADS:
-        given = getattr(args, name)
+        given = getattr(args, name) or args.classes
         if given:
-            allowed.append([imagenet.class_index(text) for text in given])
+            allowed.append(imagenet.class_indices(given))
         elif args.mode == "best":
             allowed.append(best[name])
         else:
@@ -655,19 +707,6 @@ def label_row(args, photos, index, y):
     return [file, *y, *(names[c] for c in y), args.seed, *source]
 
 
-def csv_text(rows):
-    """Rows as the text of a CSV file."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue()
-
-
-def write_csv(path, rows):
-    """Write rows as a CSV file, whole or not at all."""
-    with runs.atomic(path) as temporary:
-        temporary.write_text(csv_text(rows), encoding="utf-8")
-
-
 def write_labels(args, z_dim, allowed, photos):
     """labels.csv anew: a row for each image that has all its files. Returns their indices."""
     present = []
@@ -679,7 +718,7 @@ def write_labels(args, z_dim, allowed, photos):
     for index in complete:
         _, y = sample_image(args.seed, index, z_dim, allowed, photos)
         rows.append(label_row(args, photos, index, y.tolist()))
-    write_csv(args.out / "labels.csv", rows)
+    runs.write_csv(args.out / "labels.csv", rows)
     return complete
 
 
@@ -699,7 +738,8 @@ def write_left_out(args):
     """left_out.csv anew: a row for each picture, in order. Returns their indices."""
     rows = read_left_out(args)
     indices = sorted(rows)
-    write_csv(args.out / "left_out.csv", [LEFT_OUT_COLUMNS, *(rows[index] for index in indices)])
+    table = [LEFT_OUT_COLUMNS, *(rows[index] for index in indices)]
+    runs.write_csv(args.out / "left_out.csv", table)
     return indices
 
 
@@ -717,7 +757,7 @@ def leave_out(args, photos, first, missing, loaded, masks):
             rows.append([index, photograph_name(photos, index), reason])
         else:
             kept.append(index)
-    runs.append_text(args.out / "left_out.csv", csv_text(rows))
+    runs.append_text(args.out / "left_out.csv", runs.csv_text(rows))
     return kept
 
 
@@ -733,7 +773,7 @@ def finish_pictures(args, pending):
             errors += failed
         else:
             rows.append(row)
-    runs.append_text(args.out / "labels.csv", csv_text(rows))
+    runs.append_text(args.out / "labels.csv", runs.csv_text(rows))
     if errors:
         raise errors[0]
 
@@ -845,6 +885,72 @@ def print_summary(args, complete, left_out, stopped):
 
 
 # --------------------------------------------------------------------------------------------------
+# ImageNet: the quality of the images, as the loss ablation measures it (appendix C)
+
+SPLITS = 2  # parts of the images of which the Inception Score is taken
+
+
+def inception_score(probabilities, splits=SPLITS):
+    """Inception Score (Salimans et al. 2016): the exponential of the mean Kullback-Leibler
+    divergence of predictions to their mean.
+
+    probabilities: (N, classes). Returns mean and standard deviation over parts of the images.
+    """
+    scores = []
+    for part in probabilities.double().chunk(splits):
+        marginal = part.mean(0, keepdim=True)
+        divergence = torch.xlogy(part, part) - torch.xlogy(part, marginal)
+        scores.append(divergence.sum(1).mean().exp())
+    scores = torch.stack(scores)
+    return scores.mean().item(), scores.std(correction=0).item()
+
+
+def load_inception(args, device):
+    """Torchvision's Inception v3, for images in [-1, 1]; with random weights if --offline."""
+    inception = torchvision.models.inception_v3(weights=None, init_weights=False)
+    if not args.offline:
+        entry = download.torchvision_file("inception_v3")
+        state = load_network(entry, args.weights_dir, None, inception.state_dict())
+        inception.load_state_dict(state)
+    return inception.eval().to(device, memory_format=torch.channels_last)
+
+
+@torch.inference_mode()
+def write_score(cgn, args, allowed, device):
+    """Write score.json: Inception Score and mean mask of --score images, 8 bits each, of one class
+    for all mechanisms.
+    """
+    inception = load_inception(args, device)
+    probabilities = []
+    masks = []
+    end = args.start + args.score
+    for start in range(args.start, end, args.batch_size):
+        indices = range(start, min(start + args.batch_size, end))
+        z, y = sample_images(args.seed, indices, cgn.f_shape.z_dim, allowed)
+        z, y = z.to(device), y.to(device)
+        images = imagenet_images(cgn, z, y, args.truncation, ("mask", "composite"))
+        x = images["composite"].float() / 127.5 - 1
+        x = F.interpolate(x, (299, 299), mode="bilinear")
+        probabilities.append(inception(x).softmax(1).cpu())
+        masks.append(images["mask"].float().mean((1, 2, 3)).cpu() / 255)
+        print(f"\r{indices.stop - args.start}/{args.score} images", end="", flush=True)
+    score, spread = inception_score(torch.cat(probabilities))
+    content = {
+        "inception score": score,
+        "standard deviation over parts": spread,
+        "parts": SPLITS,
+        "mean mask": torch.cat(masks).mean().item(),
+        "images": args.score,
+        "truncation": args.truncation,
+    }
+    runs.write_json(args.out / "score.json", content)
+    print(
+        f"\nInception Score {score:.1f} +- {spread:.1f} ({SPLITS} parts of {args.score} images, "
+        f"torchvision's Inception v3), mean mask {content['mean mask']:.3f}"
+    )
+
+
+# --------------------------------------------------------------------------------------------------
 # ImageNet: pictures
 
 
@@ -939,7 +1045,8 @@ def generate_imagenet(args, device):
     if args.to:
         imagenet.class_index(args.to)
     if args.shapes == "real":
-        files = imagenet.photograph_images(args.images, allowed[0] if args.shape else None)
+        chosen = allowed[0] if args.shape or args.classes else None
+        files = imagenet.photograph_images(args.images, chosen)
     weights = find_weights(args)
     cgn, trained = train_cgn.load_imagenet_generator(weights, args.raw_weights)
     if trained.get("dataset", "imagenet") != "imagenet":
@@ -962,7 +1069,9 @@ def generate_imagenet(args, device):
             check_resumed(args.out, arguments)
             runs.describe_run(args.out, __file__, arguments)
         runs.wait_for_ranks()
-        if args.interpolate:
+        if args.score:
+            write_score(cgn, args, allowed, device)
+        elif args.interpolate:
             write_interpolation(cgn, args, allowed, photos, device)
         elif args.n:
             write_pictures(cgn, args, allowed, photos, device)
@@ -1004,9 +1113,12 @@ def parse_imagenet(parser, argv):
         help="draw shapes, or cut out the objects of the photographs in --images",
     )
     group.add_argument(
-        "--shape", nargs="+", metavar="CLASS",
-        help="draw the shape from these instead: numbers, or (parts of) English names; with "
-        "--shapes real, take the photographs of these alone",
+        "--classes", nargs="+", metavar="CLASS",
+        help="draw from these alone: numbers, WNIDs, (parts of) English names, files with one in "
+        "each line, imagenette, imagenet-a; with --shapes real, take photographs of these alone",
+    )
+    group.add_argument(
+        "--shape", nargs="+", metavar="CLASS", help="draw the shape from these instead"
     )
     group.add_argument("--texture", nargs="+", metavar="CLASS", help="the same for the texture")
     group.add_argument(
@@ -1045,6 +1157,12 @@ def parse_imagenet(parser, argv):
     morph.add_argument("--to", metavar="CLASS", help="the class to go to")
     morph.add_argument("--frames", type=runs.positive_int, default=9, help="of each leg of the way")
 
+    parser.add_argument(
+        "--score", type=int, metavar="N",
+        help="Inception Score and mean mask of N images of one class for all mechanisms; 2000 in "
+        "the published comparison",
+    )
+
     real = parser.add_argument_group("photographs (with --shapes real)")
     real.add_argument(
         "--images", type=Path, metavar="FOLDER",
@@ -1058,7 +1176,9 @@ def parse_imagenet(parser, argv):
 
     args = parser.parse_args(argv)
     check_shapes(parser, real, args)
-    if not args.n:
+    if args.score is not None:
+        check_score(parser, data, args)
+    elif not args.n:
         runs.refuse_flags(parser, data, args, "needs --n")
     elif args.interpolate:
         parser.error("--n: has no meaning with --interpolate")
@@ -1073,6 +1193,20 @@ def parse_imagenet(parser, argv):
             "choose a range within"
         )
     return args
+
+
+def check_score(parser, data, args):
+    """The parser's error for flags that contradict --score. data: the group of --n."""
+    if not 10 <= args.score < LARGEST_INDEX:
+        parser.error(f"--score {args.score}: should be 10 images or more; 2000 are usual")
+    runs.refuse_flags(parser, data, args, "has no meaning with --score")
+    if args.interpolate or args.shapes == "real" or args.texture or args.background:
+        parser.error(
+            "--score: not with --interpolate, --shapes real, --texture or --background; the class "
+            "of --shape or --classes is that of all mechanisms"
+        )
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        parser.error("--score: runs on one GPU")
 
 
 def check_shapes(parser, real, args):
@@ -1103,7 +1237,7 @@ def parse_args(argv=None):
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--dataset", choices=[*mnist.VARIANTS, "imagenet"],
+        "--dataset", choices=[*mnist.VARIANTS, "images", "imagenet"],
         help="colored_mnist if neither this nor --weights is given; weights that were trained on "
         "another are refused; imagenet has other flags: --dataset imagenet --help shows them",
     )

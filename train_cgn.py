@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-from data import checkpoints, download, mnist, pictures, runs, weights
+from data import checkpoints, download, folders, imagenet, mnist, pictures, runs, weights
 from data.weights import ConvNormReLU, U2Net, VGG16Features
 from kernels import (
     UpsampleConv2d,
@@ -165,9 +165,8 @@ def common_flags(parser):
 
 
 # ==================================================================================================
-# MNIST
+# MNIST, and folders of images
 
-CLASSES = 10
 LATENT = 32  # numbers in the latent z of a mechanism
 EMBEDDING = 10  # numbers in a class's embedding
 
@@ -193,6 +192,7 @@ TUNED = {
         style_weights=[0.01, 0.05, 0.0, 0.01],
     ),
 }
+TUNED["images"] = TUNED["wildlife_mnist"]
 # Defaults of --preset published: the losses and settings of the published code.
 PUBLISHED_COMMON = dict(
     adversarial="squares",
@@ -219,6 +219,7 @@ PUBLISHED = {
     "double_colored_mnist": dict(discriminator="linear", ndf=512, init_shape="orthogonal"),
     "wildlife_mnist": dict(discriminator="conv", ndf=32, init_shape="normal"),
 }
+PUBLISHED["images"] = PUBLISHED["wildlife_mnist"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -226,53 +227,69 @@ PUBLISHED = {
 # upsampling is a layer of its own: nn.Identity stands in its place.
 
 
-def texture_mechanism(ngf):
-    """z and class -> texture in [-1, 1]: (N, 42) -> (N, 3, 32, 32)."""
-    return nn.Sequential(
+def upsampled(channels, width):
+    """(N, channels, H, W) -> (N, width, 2 H, 2 W)."""
+    return [
+        nn.Identity(),
+        UpsampleConv2d(channels, width, 3, padding=1, bias=False),
+        nn.BatchNorm2d(width),
+        nn.LeakyReLU(0.2),
+    ]
+
+
+def texture_mechanism(ngf, size=32):
+    """z and class -> texture in [-1, 1]: (N, 42) -> (N, 3, size, size)."""
+    layers = [
         nn.Linear(LATENT + EMBEDDING, 2 * ngf * 8 * 8),
         nn.Unflatten(1, (2 * ngf, 8, 8)),
-        nn.Identity(),
-        UpsampleConv2d(2 * ngf, 2 * ngf, 3, padding=1, bias=False),  # (N, 2 ngf, 16, 16)
-        nn.BatchNorm2d(2 * ngf),
-        nn.LeakyReLU(0.2),
-        nn.Identity(),
-        UpsampleConv2d(2 * ngf, ngf, 3, padding=1, bias=False),  # (N, ngf, 32, 32)
-        nn.BatchNorm2d(ngf),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(ngf, 3, 3, padding=1),
-        nn.BatchNorm2d(3),
-        nn.Tanh(),
-    )
+    ]
+    for _ in range(doublings(size) + 1):
+        layers += upsampled(2 * ngf, 2 * ngf)  # (N, 2 ngf, 16, 16), ...
+    layers += upsampled(2 * ngf, ngf)  # (N, ngf, size, size)
+    layers += [nn.Conv2d(ngf, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh()]
+    return nn.Sequential(*layers)
 
 
-def shape_mechanism(ngf):
-    """z and class -> mask before clamping: (N, 42) -> (N, 1, 32, 32), of mean 0 and variance 1."""
-    return nn.Sequential(
+def shape_mechanism(ngf, size=32):
+    """z and class -> mask before clamping: (N, 42) -> (N, 1, size, size), of mean 0 and variance 1.
+    """
+    layers = [
         nn.Linear(LATENT + EMBEDDING, 2 * ngf * 8 * 8),
         nn.Unflatten(1, (2 * ngf, 8, 8)),
         nn.InstanceNorm2d(2 * ngf),
-        nn.Identity(),
-        UpsampleConv2d(2 * ngf, ngf, 3, padding=1, bias=False),  # (N, ngf, 16, 16)
-        nn.BatchNorm2d(ngf),
-        nn.LeakyReLU(0.2),
-        nn.InstanceNorm2d(ngf),
-        nn.Identity(),
-        UpsampleConv2d(ngf, 1, 3, padding=1, bias=False),  # (N, 1, 32, 32)
-        nn.BatchNorm2d(1),
-        nn.LeakyReLU(0.2),
-        nn.InstanceNorm2d(1),
-    )
+    ]
+    for _ in range(doublings(size)):
+        layers += [*upsampled(2 * ngf, 2 * ngf), nn.InstanceNorm2d(2 * ngf)]
+    layers += [*upsampled(2 * ngf, ngf), nn.InstanceNorm2d(ngf)]  # (N, ngf, size / 2, size / 2)
+    layers += [*upsampled(ngf, 1), nn.InstanceNorm2d(1)]  # (N, 1, size, size)
+    return nn.Sequential(*layers)
+
+
+def doublings(size):
+    """How many levels more than at 32 x 32 the networks have: 1 for 64 x 64, 2 for 128 x 128."""
+    return (size // 32).bit_length() - 1
 
 
 class MnistCGN(nn.Module):
-    """The three mechanisms at 32 x 32. Keys and shapes are those of the published state dicts."""
+    """The three mechanisms. At 32 x 32, keys and shapes are those of the published state dicts."""
 
-    def __init__(self, ngf=32, init="orthogonal", init_gain=0.1, init_shape="orthogonal"):
+    def __init__(
+        self,
+        ngf=32,
+        init="orthogonal",
+        init_gain=0.1,
+        init_shape="orthogonal",
+        names=mnist.NAMES,
+        size=32,
+    ):
         super().__init__()
-        self.label_emb = nn.Embedding(CLASSES, EMBEDDING)
-        self.f_shape = shape_mechanism(ngf)
-        self.f_text1 = texture_mechanism(ngf)  # foreground
-        self.f_text2 = texture_mechanism(ngf)  # background
+        self.names = names  # of the classes
+        self.size = size
+        self.z_dim = LATENT
+        self.label_emb = nn.Embedding(len(names), EMBEDDING)
+        self.f_shape = shape_mechanism(ngf, size)
+        self.f_text1 = texture_mechanism(ngf, size)  # foreground
+        self.f_text2 = texture_mechanism(ngf, size)  # background
         initialize(self, init, init_gain)
         if init_shape != init:
             initialize(self.f_shape, init_shape, init_gain)
@@ -283,16 +300,16 @@ class MnistCGN(nn.Module):
         return torch.cat([z, embedding], 1)
 
     def mask(self, z, y):
-        """(N, 1, 32, 32) in [0.0001, 0.9999]."""
+        """(N, 1, size, size) in [0.0001, 0.9999]."""
         # No sigmoid, as published: the last InstanceNorm spreads the mask, and the clamp cuts it.
         return self.f_shape(self.inputs(z, y)).float().clamp(1e-4, 1 - 1e-4)
 
     def foreground(self, z, y):
-        """(N, 3, 32, 32) in [-1, 1], before shuffling."""
+        """(N, 3, size, size) in [-1, 1], before shuffling."""
         return self.f_text1(self.inputs(z, y)).float()
 
     def background(self, z, y):
-        """(N, 3, 32, 32) in [-1, 1], before shuffling."""
+        """(N, 3, size, size) in [-1, 1], before shuffling."""
         return self.f_text2(self.inputs(z, y)).float()
 
     def forward(self, z, y):
@@ -301,13 +318,13 @@ class MnistCGN(nn.Module):
 
 
 class LinearDiscriminator(nn.Module):
-    """Image (N, 3, 32, 32) and class (N,) -> realness (N, 1)."""
+    """Image (N, 3, size, size) and class (N,) -> realness (N, 1)."""
 
-    def __init__(self, ndf):
+    def __init__(self, ndf, classes=10, size=32):
         super().__init__()
-        self.label_embedding = nn.Embedding(CLASSES, EMBEDDING)
+        self.label_embedding = nn.Embedding(classes, EMBEDDING)
         self.model = nn.Sequential(
-            nn.Linear(3 * mnist.SIZE * mnist.SIZE + EMBEDDING, ndf),
+            nn.Linear(3 * size * size + EMBEDDING, ndf),
             nn.LeakyReLU(0.2),
             nn.Linear(ndf, ndf),
             nn.Dropout(0.4),
@@ -325,29 +342,25 @@ class LinearDiscriminator(nn.Module):
 class ConvDiscriminator(nn.Module):
     """Image and class -> realness (N, 1). The class enters as a fourth channel of one value."""
 
-    def __init__(self, ndf):
+    def __init__(self, ndf, classes=10, size=32):
         super().__init__()
-        self.label_embedding = nn.Embedding(CLASSES, 1)
-        self.model = nn.Sequential(
-            nn.Conv2d(4, ndf, 3, bias=False),  # (N, ndf, 30, 30)
-            nn.BatchNorm2d(ndf),
-            nn.LeakyReLU(0.2),
+        self.label_embedding = nn.Embedding(classes, 1)
+        convolutions = [
+            nn.Conv2d(4, ndf, 3, bias=False),  # (N, ndf, 30, 30) at 32 x 32
             nn.Conv2d(ndf, 2 * ndf, 3, bias=False),  # (N, 2 ndf, 28, 28)
-            nn.BatchNorm2d(2 * ndf),
-            nn.LeakyReLU(0.2),
             nn.Conv2d(2 * ndf, 4 * ndf, 4, 2, bias=False),  # (N, 4 ndf, 13, 13)
-            nn.BatchNorm2d(4 * ndf),
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * ndf, 4 * ndf, 4, 2, bias=False),  # (N, 4 ndf, 5, 5)
-            nn.BatchNorm2d(4 * ndf),
-            nn.LeakyReLU(0.2),
-            nn.AvgPool2d(3),
-            nn.Conv2d(4 * ndf, 1, 1, bias=False),  # (N, 1, 1, 1)
-        )
+        ]
+        for _ in range(doublings(size) + 1):
+            convolutions.append(nn.Conv2d(4 * ndf, 4 * ndf, 4, 2, bias=False))  # (N, 4 ndf, 5, 5)
+        layers = []
+        for convolution in convolutions:
+            layers += [convolution, nn.BatchNorm2d(convolution.out_channels), nn.LeakyReLU(0.2)]
+        layers += [nn.AvgPool2d(3), nn.Conv2d(4 * ndf, 1, 1, bias=False)]  # (N, 1, 1, 1)
+        self.model = nn.Sequential(*layers)
         initialize(self, "normal", 0.02)
 
     def forward(self, x, y):
-        classes = self.label_embedding(y)[:, :, None, None].expand(-1, 1, mnist.SIZE, mnist.SIZE)
+        classes = self.label_embedding(y)[:, :, None, None].expand(-1, 1, *x.shape[2:])
         return self.model(torch.cat([x, classes], 1)).flatten(1)
 
 
@@ -357,48 +370,58 @@ class StridedDiscriminator(nn.Module):
     Not in the paper: a tenth of ConvDiscriminator's arithmetic, for the logistic loss with --r1.
     """
 
-    def __init__(self, ndf):
+    def __init__(self, ndf, classes=10, size=32):
         super().__init__()
-        self.model = nn.Sequential(
-            nn.Conv2d(3, ndf, 4, 2, 1),  # (N, ndf, 16, 16)
+        layers = [
+            nn.Conv2d(3, ndf, 4, 2, 1),  # (N, ndf, size / 2, size / 2)
             nn.LeakyReLU(0.2),
-            nn.Conv2d(ndf, 2 * ndf, 4, 2, 1),  # (N, 2 ndf, 8, 8)
+            nn.Conv2d(ndf, 2 * ndf, 4, 2, 1),
             nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * ndf, 4 * ndf, 4, 2, 1),  # (N, 4 ndf, 4, 4)
+            nn.Conv2d(2 * ndf, 4 * ndf, 4, 2, 1),
             nn.LeakyReLU(0.2),
-            nn.Flatten(),
+        ]
+        for _ in range(doublings(size)):
+            layers += [nn.Conv2d(4 * ndf, 4 * ndf, 4, 2, 1), nn.LeakyReLU(0.2)]
+        layers += [
+            nn.Flatten(),  # of (N, 4 ndf, 4, 4)
             nn.Linear(64 * ndf, 256),
             nn.LeakyReLU(0.2),
-            nn.Linear(256, CLASSES),
-        )
+            nn.Linear(256, classes),
+        ]
+        self.model = nn.Sequential(*layers)
 
     def forward(self, x, y):
         return self.model(x).gather(1, y[:, None])
 
 
 class Segmenter(nn.Module):
-    """Image (N, 3, 32, 32) in [-1, 1] -> logits of its mask (N, 1, 32, 32): a small U-Net.
+    """Image (N, 3, S, S) in [-1, 1] -> logits of its mask (N, 1, S, S): a small U-Net.
 
     Not in the paper: it learns from the generator's images, whose masks are known, and then finds
     the object in real ones.
     """
 
-    def __init__(self, width=16):
+    def __init__(self, size=32, width=16):
         super().__init__()
-        self.down1 = two_convolutions(3, width)  # (N, 16, 32, 32)
-        self.down2 = two_convolutions(width, 2 * width)  # (N, 32, 16, 16)
-        self.bottom = two_convolutions(2 * width, 4 * width)  # (N, 64, 8, 8)
-        self.up2 = two_convolutions(6 * width, 2 * width)  # (N, 32, 16, 16)
-        self.up1 = two_convolutions(3 * width, width)  # (N, 16, 32, 32)
+        widths = [width, 2 * width] + [4 * width] * (doublings(size) + 1)
+        self.down = nn.ModuleList()  # at S, S / 2, ..., 8
+        for channels, out in zip([3, *widths], widths):
+            self.down.append(two_convolutions(channels, out))
+        self.up = nn.ModuleList()  # at 16, ..., S
+        for fine, coarse in zip(widths[-2::-1], widths[:0:-1]):
+            self.up.append(two_convolutions(fine + coarse, fine))
         self.out = nn.Conv2d(width, 1, 1)
 
     def forward(self, x):
-        fine = self.down1(x)
-        middle = self.down2(F.max_pool2d(fine, 2))
-        coarse = self.bottom(F.max_pool2d(middle, 2))
-        middle = self.up2(torch.cat([middle, F.interpolate(coarse, scale_factor=2)], 1))
-        fine = self.up1(torch.cat([fine, F.interpolate(middle, scale_factor=2)], 1))
-        return self.out(fine)
+        levels = []
+        for block in self.down:
+            if levels:
+                x = F.max_pool2d(x, 2)
+            x = block(x)
+            levels.append(x)
+        for block, fine in zip(self.up, levels[-2::-1]):
+            x = block(torch.cat([fine, F.interpolate(x, scale_factor=2)], 1))
+        return self.out(x)
 
 
 def two_convolutions(channels, width):
@@ -443,18 +466,20 @@ def load_generator(path, *, raw=False):
     """A generator from our weights.pt or checkpoint, or from a published state dict.
 
     raw: the trained weights themselves instead of their moving average. Returns the MnistCGN in
-    eval mode, and the arguments of its training, {} for a published file. UserError for a file that
-    is missing, damaged or of another network.
+    eval mode, of as many classes and pixels as the file's, and the arguments of its training, {}
+    for a published file. UserError for a file that is missing, damaged or of another network.
     """
     content = runs.load_tensors(path)
     if not isinstance(content, dict):
         kind = type(content).__name__
         raise runs.UserError(f"{path}: holds a {kind}, not the weights of a generator")
     state = content.get("generator" if raw else "average", content)
-    cgn = MnistCGN()
-    cgn.load_state_dict(weights.check_state_dict(state, cgn.state_dict(), path))
     args = content.get("args", {})
-    return cgn.eval(), args if isinstance(args, dict) else {}
+    args = args if isinstance(args, dict) else {}
+    names = list(args.get("class_counts", mnist.NAMES))  # the former with --dataset images
+    cgn = MnistCGN(names=names, size=args.get("image_size", 32))
+    cgn.load_state_dict(weights.check_state_dict(state, cgn.state_dict(), path))
+    return cgn.eval(), args
 
 
 def load_segmenter(path):
@@ -465,7 +490,7 @@ def load_segmenter(path):
             f"{path}: holds no segmenter, which finds the shapes of real images; train one: python "
             f"train_cgn.py --dataset NAME --weights {path} --max-steps 0 --out FOLDER"
         )
-    segmenter = Segmenter()
+    segmenter = Segmenter(content.get("args", {}).get("image_size", 32))
     state = weights.check_state_dict(content["segmenter"], segmenter.state_dict(), path)
     segmenter.load_state_dict(state)
     return segmenter.eval()
@@ -475,8 +500,9 @@ def load_segmenter(path):
 # MNIST: losses
 
 
-def frame_pixels(image, width=3):
-    """The outer `width` pixels of (N, C, H, W): (N, C, number of pixels)."""
+def frame_pixels(image):
+    """The frame of (N, C, S, S), 3 pixels wide at 32 x 32: (N, C, number of pixels)."""
+    width = 3 * image.shape[-1] // 32
     middle = image[..., width:-width, :]
     parts = [
         image[..., :width, :],
@@ -516,8 +542,13 @@ def frame_loss(background, x_gt):
     return loss.mean(1).topk(2, largest=False).values.mean()
 
 
-def corner_pixels(image, width=3, length=10):
-    """The pixels of the frame that are less than `length` from a corner: (N, C, 4, pixels)."""
+def corner_pixels(image):
+    """The pixels of the frame that are near a corner, (N, C, 4, pixels); of (N, C, S, S).
+
+    At 32 x 32 the frame is 3 pixels wide, and a corner 10 long.
+    """
+    width = 3 * image.shape[-1] // 32
+    length = 10 * image.shape[-1] // 32
     corners = []
     for dims in ((), (2,), (3,), (2, 3)):
         corner = image.flip(dims)[..., :length, :length]
@@ -603,10 +634,20 @@ def mnist_flags(parser, variant, preset):
         "--preset", choices=["tuned", "published"], default="tuned",
         help="sets the defaults of the other flags: ours, or those of the published code",
     )
-    group.add_argument(
-        "--data-dir", type=Path, default=runs.DOWNLOADS,
-        help="folder with MNIST's files; fetched if missing",
-    )
+    if variant == "images":
+        group.add_argument(
+            "--data-dir", type=Path, required=True,
+            help="folder with train/CLASS/*.png and, if there is one, test/; or with CLASS/*.png",
+        )
+        group.add_argument(
+            "--image-size", type=int, choices=[32, 64, 128], default=32,
+            help="the middle square of each image is resized to this",
+        )
+    else:
+        group.add_argument(
+            "--data-dir", type=Path, default=runs.DOWNLOADS,
+            help="folder with MNIST's files; fetched if missing",
+        )
     if variant == "wildlife_mnist":
         group.add_argument(
             "--textures",
@@ -659,7 +700,9 @@ def mnist_flags(parser, variant, preset):
 
     length = parser.add_argument_group("MNIST: length of the run, without --max-steps")
     length.add_argument(
-        "--epochs", type=runs.positive_int, default=12, help="passes over the training images"
+        "--epochs", type=runs.positive_int, default=None if variant == "images" else 12,
+        help="passes over the training images; with --dataset images, if not given, 12 or as many "
+        "as make 18,000 steps",
     )
 
     group = parser.add_argument_group("MNIST: optimization")
@@ -718,26 +761,51 @@ def mnist_sheet(networks, args):
     return pictures.mechanism_sheet(networks["average"].eval())
 
 
+def load_training_images(args, device):
+    """The biased training images: a MnistVariant, or an ImageFolder, whose classes are added to
+    args.
+    """
+    if args.dataset == "images":
+        data, _ = folders.load_folder(args.data_dir, args.image_size, device)
+        counts = data.labels.bincount(minlength=len(data.names))
+        args.class_counts = dict(zip(data.names, counts.tolist()))
+    else:
+        data, _ = mnist.load_variant(
+            args.dataset,
+            args.data_dir,
+            textures=getattr(args, "textures", None),
+            offline=args.offline,
+            seed=args.seed,
+            device=device,
+        )
+    return data
+
+
+def count_steps(args, steps_per_epoch):
+    """All steps of the run: so many epochs, and with --dataset images, unless told how many, as
+    many steps as on MNIST at least.
+    """
+    if args.max_steps is not None:
+        return args.max_steps
+    epochs = args.epochs or max(12, math.ceil(18_000 / steps_per_epoch))
+    return epochs * steps_per_epoch
+
+
 def train_mnist(args, device):
-    """Train a generator on a MNIST variant. Everything is written into args.out."""
+    """Train a generator on a MNIST variant or a folder of images. Everything is written into
+    args.out.
+    """
     torch.manual_seed(args.seed)
     bf16 = runs.pick_bf16(args.amp, device)
 
-    # Data: all digits lie on the device as uint8.
-    data, _ = mnist.load_variant(
-        args.dataset,
-        args.data_dir,
-        textures=getattr(args, "textures", None),
-        offline=args.offline,
-        seed=args.seed,
-        device=device,
-    )
+    # Data: all images lie on the device as uint8.
+    data = load_training_images(args, device)
     steps_per_epoch = len(data) // args.batch_size
     if not steps_per_epoch:
         raise runs.UserError(
             f"--batch-size {args.batch_size}: larger than the {len(data)} training images"
         )
-    last_step = args.epochs * steps_per_epoch if args.max_steps is None else args.max_steps
+    last_step = count_steps(args, steps_per_epoch)
     # Without both of the losses that act during warm-up there is nothing to warm up with.
     warmup = args.warmup if args.border_weight and args.frame_weight else 0
 
@@ -746,13 +814,21 @@ def train_mnist(args, device):
     if args.weights:
         cgn, _ = load_generator(args.weights)
         cgn.train()
+        if (cgn.size, cgn.names) != (data.size, data.names):
+            raise runs.UserError(
+                f"--weights {args.weights}: of {len(cgn.names)} classes at {cgn.size} x {cgn.size} "
+                f"pixels ({', '.join(cgn.names[:10])}), not those of the training images"
+            )
     else:
-        cgn = MnistCGN(32, args.init, args.init_gain, args.init_shape)
-    average = MnistCGN().requires_grad_(False)
+        cgn = MnistCGN(
+            32, args.init, args.init_gain, args.init_shape, names=data.names, size=data.size
+        )
+    average = MnistCGN(names=data.names, size=data.size).requires_grad_(False)
     average.load_state_dict(cgn.state_dict())
     cgn.to(device)
     average.to(device)
-    discriminator = DISCRIMINATORS[args.discriminator](args.ndf).to(device)
+    discriminator = DISCRIMINATORS[args.discriminator](args.ndf, len(data.names), data.size)
+    discriminator.to(device)
 
     # Optimizers
     optimizer = torch.optim.Adam(generator_groups(cgn, args), betas=(0.5, 0.999), fused=True)
@@ -794,9 +870,9 @@ def train_mnist(args, device):
         y_gt = data.labels[index]
         y_gen = y_gt
         if args.labels == "uniform":
-            y_gen = torch.randint(CLASSES, (args.batch_size,), device=device)
+            y_gen = torch.randint(len(data.names), (args.batch_size,), device=device)
         z = torch.randn(args.batch_size, LATENT, device=device)
-        offsets = torch.randint(mnist.SIZE, (2, args.batch_size, 2), device=device)
+        offsets = torch.randint(cgn.size, (2, args.batch_size, 2), device=device)
 
         # Generator
         discriminator.requires_grad_(False)
@@ -852,8 +928,8 @@ def segmenter_pairs(cgn, n, generator):
     """
     device = cgn.label_emb.weight.device
     z = torch.randn(n, LATENT, generator=generator).to(device)
-    y = torch.randint(CLASSES, (n,), generator=generator).to(device)
-    offsets = torch.randint(mnist.SIZE, (2, n, 2), generator=generator).to(device)
+    y = torch.randint(len(cgn.names), (n,), generator=generator).to(device)
+    offsets = torch.randint(cgn.size, (2, n, 2), generator=generator).to(device)
     shifts = 0.1 * torch.randn(2, n, 3, 1, 1, generator=generator).to(device)
     mask, foreground, background = cgn(z, y)
     foreground = shuffle_patches(foreground, offsets[0]) + shifts[0]
@@ -863,7 +939,7 @@ def segmenter_pairs(cgn, n, generator):
 
 @torch.inference_mode()
 def find_masks(segmenter, images):
-    """The masks of images, uint8 (n, 3, 32, 32): uint8 (n, 1, 32, 32), 255 where the object is."""
+    """The masks of images, uint8 (n, 3, S, S): uint8 (n, 1, S, S), 255 where the object is."""
     masks = [segmenter(mnist.to_float(part)).float().sigmoid() for part in images.split(500)]
     return torch.cat(masks).mul_(255).round_().to(torch.uint8)
 
@@ -878,7 +954,7 @@ def train_segmenter(args, trained, data, bf16, device):
     out.mkdir(exist_ok=True)
     cgn = trained.networks["average"].eval()
     torch.manual_seed(runs.derived_seed(args.seed, "segmenter start", 0))
-    segmenter = Segmenter().to(device, memory_format=torch.channels_last)
+    segmenter = Segmenter(cgn.size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(segmenter.parameters(), fused=True)
     path, content = checkpoints.read_checkpoint(out, "auto" if args.resume else None)
     if content.get("generator_step") != trained.step:  # of a generator that was trained on
@@ -930,16 +1006,16 @@ def measure_segmenter(args, segmenter, cgn, data):
     index = torch.arange(min(5000, len(data)), device=data.labels.device)
     real = data.images(index, torch.Generator(index.device).manual_seed(args.seed))
     masks = find_masks(segmenter, real)
-    truth = data.digits[index] > data.digits.max() / 2
-    true = pictures.intersection_over_union(masks / 255, truth).mean().item()
-    runs.write_json(args.out / "segmenter.json", {"generated IoU": generated, "digit IoU": true})
+    found = {"generated IoU": generated}
+    if args.dataset != "images":
+        truth = data.digits[index] > data.digits.max() / 2
+        found["digit IoU"] = pictures.intersection_over_union(masks / 255, truth).mean().item()
+    runs.write_json(args.out / "segmenter.json", found)
 
     sheet = pictures.segmentation_sheet(cgn, real, masks, data.labels[index])
     pictures.save_png(args.out / "segmentation.png", sheet)
-    print(
-        f"{args.out / 'segmentation.png'} shows masks found in real images; intersection over "
-        f"union with the masks of generated images {generated:.3f}, with the digits {true:.3f}"
-    )
+    words = "  ".join(f"{name} {value:.3f}" for name, value in found.items())
+    print(f"{args.out / 'segmentation.png'} shows masks found in real images  {words}")
 
 
 # ==================================================================================================
@@ -1453,6 +1529,12 @@ def imagenet_flags(parser, preset):
         help="of the latents and of the norms' statistics, (0, 1]",
     )
 
+    group.add_argument(
+        "--classes", nargs="+", metavar="CLASS",
+        help="train on these alone: numbers, WNIDs, (parts of) English names, files with one in "
+        "each line, imagenette, imagenet-a",
+    )
+
     group = parser.add_argument_group("ImageNet: losses")
     group.add_argument(
         "--reconstruction-weight", type=runs.non_negative_float, default=100.0,
@@ -1494,12 +1576,19 @@ def imagenet_flags(parser, preset):
 # ImageNet: training
 
 
+def imagenet_classes(args, cgn):
+    """The classes to train on, int64 (n,): those of --classes, or all of the network's."""
+    if args.classes:
+        return torch.tensor(imagenet.class_indices(args.classes))
+    return torch.arange(cgn.f_shape.embeddings.in_features)
+
+
 def imagenet_sheet(networks, args):
     """What the moving average draws now, for six classes."""
     average = networks["average"]
     device = next(average.parameters()).device
-    classes = average.f_shape.embeddings.in_features
-    y = torch.linspace(0, classes - 1, 6).long()
+    classes = imagenet_classes(args, average)
+    y = classes[torch.linspace(0, len(classes) - 1, 6).long()]
     fixed = torch.Generator().manual_seed(0)  # the same latents every time, so that sheets compare
     z = args.truncation * truncated_normal((6, average.f_shape.z_dim), fixed)
     cgan = networks["generator"].biggan_GT
@@ -1532,7 +1621,7 @@ def train_imagenet(args, device):
         mechanism.recompute = args.recompute
         if args.compile:
             mechanism.compile()
-    classes = cgn.f_shape.embeddings.in_features
+    classes = imagenet_classes(args, cgn)
 
     # Optimizer
     groups = [
@@ -1569,7 +1658,7 @@ def train_imagenet(args, device):
             # number of GPUs. Each rank takes its share.
             generator = runs.seeded_generator(args.seed, "step", step * args.accumulate + part)
             z = args.truncation * truncated_normal((args.batch_size, cgn.f_shape.z_dim), generator)
-            y = torch.randint(classes, (args.batch_size,), generator=generator)
+            y = classes[torch.randint(len(classes), (args.batch_size,), generator=generator)]
             windows = draw_patch_windows(args.batch_size, generator)
             z = z.chunk(world_size)[rank].to(device)
             y = y.chunk(world_size)[rank].to(device)
@@ -1616,20 +1705,22 @@ def parse_args(argv=None):
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
+    small = [*mnist.VARIANTS, "images"]
     parser.add_argument(
-        "--dataset", required=True, choices=[*mnist.VARIANTS, "imagenet"],
-        help="chooses the other flags and their defaults: --dataset NAME --help shows them",
+        "--dataset", required=True, choices=[*small, "imagenet"],
+        help="chooses the other flags and their defaults: --dataset NAME --help shows them; images "
+        "is a folder of your own",
     )
     dataset, preset = runs.look_ahead(argv, "--dataset", "--preset")
     if dataset == "imagenet":
         imagenet_flags(parser, preset)
-    elif dataset in mnist.VARIANTS:
+    elif dataset in small:
         length = mnist_flags(parser, dataset, preset)
     args = parser.parse_args(argv)
-    if dataset in mnist.VARIANTS and args.max_steps is not None:
+    if dataset in small and args.max_steps is not None:
         runs.refuse_flags(parser, length, args, "has no meaning with --max-steps")
-    if args.max_steps == 0 and not (dataset in mnist.VARIANTS and args.weights):
-        parser.error("--max-steps 0: only on MNIST with --weights, to train their segmenter")
+    if args.max_steps == 0 and not (dataset in small and args.weights):
+        parser.error("--max-steps 0: not on ImageNet, and with --weights, to train their segmenter")
     return args
 
 
@@ -1649,7 +1740,7 @@ def main():
         if args.dataset == "imagenet":
             train_imagenet(args, device)
         elif runs.rank_and_world_size()[1] > 1:
-            raise runs.UserError("several GPUs: only for --dataset imagenet; MNIST fits one")
+            raise runs.UserError("several GPUs: only for --dataset imagenet; others fit one")
         else:
             train_mnist(args, device)
 

@@ -27,7 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
-from data import checkpoints, download, imagenet, mnist, pictures, runs, weights
+from data import checkpoints, download, folders, imagenet, mnist, pictures, runs, weights
 from kernels import normalized_conv2d
 
 # ==================================================================================================
@@ -92,20 +92,44 @@ def check_common(parser, args, training):
     """The parser's error if flags contradict each other."""
     if args.evaluate:
         runs.refuse_flags(parser, training, args, "has no meaning with --evaluate")
-        if not args.weights:
+        if not args.weights and not getattr(args, "baseline", False):
             parser.error("--evaluate needs --weights, a classifier's weights.pt")
 
 
+FACTORS = ("shape", "texture", "background", "none")
+
+
+def followed_factors(predictions, labels):
+    """How many counterfactuals are called by the class of their shape, texture, background, or by
+    none of these. Only those count whose three classes differ.
+
+    predictions: classes (N, heads, k), of which one has to be right. labels: (N, 3). Returns
+    (heads, 4).
+    """
+    differ = labels != labels.roll(1, 1)
+    found = (predictions[..., None] == labels[:, None, None]).any(2)  # (N, heads, 3)
+    found = torch.cat([found, ~found.any(2, keepdim=True)], 2)
+    return (found & differ.all(1)[:, None, None]).sum(0)
+
+
+def percent(hits, total):
+    """100 hits / total; NaN for none."""
+    return 100 * hits / total if total else math.nan
+
+
 # ==================================================================================================
-# MNIST
+# MNIST, and folders of images
 
 
 class MnistClassifier(nn.Module):
-    """(N, 3, 32, 32) in [-1, 1] -> log-probabilities (N, 10). Keys are the published ones."""
+    """(N, 3, S, S) in [-1, 1] -> log-probabilities (N, classes).
 
-    def __init__(self):
+    At 32 x 32, for digits, keys are the published ones.
+    """
+
+    def __init__(self, classes=10, size=32):
         super().__init__()
-        self.model = nn.Sequential(
+        layers = [
             nn.BatchNorm2d(3),
             nn.Conv2d(3, 32, 5, padding=2),
             nn.ReLU(),
@@ -116,9 +140,13 @@ class MnistClassifier(nn.Module):
             nn.ReLU(),
             nn.Conv2d(64, 64, 3, padding=1),
             nn.ReLU(),
-            nn.AvgPool2d(7),  # (N, 64, 1, 1)
-        )
-        self.cls = nn.Sequential(nn.Linear(64, 10))
+        ]
+        while size > 32:  # again to (N, 64, 8, 8)
+            layers += [nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU()]
+            size = size // 2
+        layers.append(nn.AvgPool2d(7))  # (N, 64, 1, 1)
+        self.model = nn.Sequential(*layers)
+        self.cls = nn.Sequential(nn.Linear(64, classes))
 
     def features(self, x):
         """What the last convolution gives: (N, 64, 8, 8)."""
@@ -126,11 +154,48 @@ class MnistClassifier(nn.Module):
         return self.model[2:-1](x)
 
     def log_probabilities(self, features):
-        """Features (N, 64, 8, 8) -> log-probabilities (N, 10)."""
+        """Features (N, 64, 8, 8) -> log-probabilities (N, classes)."""
         return F.log_softmax(self.cls(self.model[-1](features).flatten(1)), 1)
 
     def forward(self, x):
         return self.log_probabilities(self.features(x))
+
+
+class TorchvisionClassifier(nn.Module):
+    """Any classifier of torchvision, untrained, in place of a MnistClassifier."""
+
+    def __init__(self, arch, classes):
+        super().__init__()
+        self.features = torchvision.models.get_model(arch, weights=None, num_classes=classes)
+
+    def log_probabilities(self, logits):
+        """Logits (N, classes) -> log-probabilities (N, classes)."""
+        return F.log_softmax(logits, 1)
+
+    def forward(self, x):
+        return self.log_probabilities(self.features(x))
+
+
+def make_classifier(args, data):
+    """The classifier of --arch, with the weights of --weights if they are given.
+
+    UserError if --arch cannot take images of this size.
+    """
+    classes, size = len(data.original.names), data.original.size
+    if getattr(args, "arch", "digits") == "digits":
+        classifier = MnistClassifier(classes, size)
+    else:
+        classifier = TorchvisionClassifier(args.arch, classes)
+        try:
+            classifier.eval()(torch.zeros(2, 3, size, size))
+        except (RuntimeError, AssertionError) as error:
+            raise runs.UserError(
+                f"--arch {args.arch}: does not take images of {size} x {size} pixels "
+                f"({runs.first_line(error)})"
+            ) from None
+    if args.weights:
+        load_classifier(classifier, args.weights)
+    return classifier
 
 
 # --------------------------------------------------------------------------------------------------
@@ -218,13 +283,35 @@ class ColorHead(nn.Module):
 class DigitData(NamedTuple):
     """What the classifiers of all seeds share."""
 
-    original: mnist.MnistVariant  # the biased training digits
-    counterfactual: tuple | None  # images uint8 (n, 3, 32, 32) and labels (n,)
-    test: mnist.MnistVariant
-    test_sets: dict  # name -> images uint8 (n, 3, 32, 32) and labels (n,)
+    original: mnist.MnistVariant | folders.ImageFolder  # the biased training images
+    counterfactual: tuple | None  # images uint8 (n, 3, S, S) and labels (n, 3)
+    test: mnist.MnistVariant | folders.ImageFolder
+    test_sets: dict  # name -> images uint8 (n, 3, S, S) and labels (n,)
     # Decorrelated images whose object and background share a class, (n,) bool; None if all
     # backgrounds are black.
     one_class: torch.Tensor | None
+
+
+def load_folder_data(args, device):
+    """A folder's images, counterfactuals, and test sets: `biased`, of the folder, and those of
+    --test. UserError for missing files.
+    """
+    original, test = folders.load_folder(args.data_dir, args.image_size, device)
+    if not len(test):
+        raise runs.UserError(
+            f"--data-dir {args.data_dir}: no test images; put some into test/ beside train/, or "
+            "give ten images or more to a class, so that a tenth can be held out"
+        )
+    counterfactual = None
+    if args.counterfactual:
+        counterfactual = mnist.load_counterfactuals(
+            args.counterfactual, args.dataset, args.offline, original, device
+        )
+    test_sets = {"biased": (test.pixels, test.labels)}
+    for name, folder in args.test:
+        part = folders.read_test(folder, original.names, original.size, device)
+        test_sets[name] = (part.pixels, part.labels)
+    return DigitData(original, counterfactual, test, test_sets, None)
 
 
 def load_digit_data(args, device):
@@ -240,7 +327,7 @@ def load_digit_data(args, device):
     counterfactual = None
     if args.counterfactual:
         counterfactual = mnist.load_counterfactuals(
-            args.counterfactual, args.dataset, args.offline, device
+            args.counterfactual, args.dataset, args.offline, original, device
         )
     decorrelated, (objects, backgrounds) = test.decorrelated_images(args.seed)
     first = len(original) - original.held_out
@@ -255,7 +342,7 @@ def load_digit_data(args, device):
 
 
 def training_images(args, data, turn):
-    """All training images, uint8 (n, 3, 32, 32), and labels (n,).
+    """All training images, uint8 (n, 3, S, S), and labels (n,).
 
     turn: counts how often all were taken. The colors of original digits are drawn anew in each,
     where the variant does so.
@@ -270,7 +357,7 @@ def training_images(args, data, turn):
         labels.append(data.original.labels)
     if args.train in ("counterfactual", "both"):
         images.append(data.counterfactual[0])
-        labels.append(data.counterfactual[1])
+        labels.append(data.counterfactual[1][:, 0])
     if len(images) == 1:
         return images[0], labels[0]
     return torch.cat(images), torch.cat(labels)
@@ -288,9 +375,9 @@ def count_training_images(args, data):
 
 def random_affine(images, strength, generator):
     """Rotate, shear, stretch and shift images at random: at strength 1 by up to 0.25 rad, 0.25,
-    20 % and 2.5 pixels.
+    20 % and 2.5 of 32 pixels.
 
-    images: (N, 3, H, W). generator: on the CPU, so that every device draws the same.
+    images: (N, 3, S, S). generator: on the CPU, so that every device draws the same.
     """
     drawn = strength * (2 * torch.rand(6, len(images), generator=generator) - 1)
     angle, shear, width, height, right, down = drawn.to(images.device)
@@ -299,7 +386,7 @@ def random_affine(images, strength, generator):
     shear = 0.25 * shear
     width = 1 + 0.2 * width
     height = 1 + 0.2 * height
-    pixel = 5 / images.shape[3]  # 2.5 pixels, in units where the image is 2 wide
+    pixel = 5 / 32  # 2.5 of 32 pixels, in units where the image is 2 wide
     # The product of rotation, shear and scale, written out; the last column is the shift.
     row_x = [width * cosine, shear * cosine - height * sine, pixel * right]
     row_y = [width * sine, shear * sine + height * cosine, pixel * down]
@@ -312,12 +399,26 @@ def random_affine(images, strength, generator):
 # MNIST: training and testing
 
 
-@torch.no_grad()
 def correct_predictions(classifier, images, labels):
-    """Which predictions are correct in eval mode, bool (n,). images: uint8 (n, 3, 32, 32)."""
+    """Which predictions are correct in eval mode, bool (n,). images: uint8 (n, 3, S, S)."""
+    return predict_classes(classifier, images) == labels
+
+
+@torch.no_grad()
+def predict_classes(classifier, images):
+    """Predictions in eval mode, int64 (n,). images: uint8 (n, 3, S, S)."""
     classifier.eval()
-    batches = zip(images.split(1000), labels.split(1000))
-    return torch.cat([classifier(mnist.to_float(x)).argmax(1) == y for x, y in batches])
+    return torch.cat([classifier(mnist.to_float(x)).argmax(1) for x in images.split(1000)])
+
+
+def measure_factors(classifier, data, out):
+    """By which of their factors the classifier calls counterfactuals, in percent; factors.png."""
+    images, labels = data.counterfactual
+    predictions = predict_classes(classifier, images)
+    (hits,) = followed_factors(predictions[:, None, None], labels).tolist()
+    shares = [percent(hit, sum(hits)) for hit in hits]
+    pictures.save_png(out / "factors.png", pictures.factor_chart({"classifier": shares}))
+    return {f"follows {factor}": share for factor, share in zip(FACTORS, shares)}
 
 
 def measure_digits(classifier, data):
@@ -368,9 +469,7 @@ def train_digits(args, seed, out, data, device, stop):
     """Train one classifier from its own seed. Returns its metrics; None if it was stopped."""
     torch.manual_seed(seed)
     bf16 = runs.pick_bf16(args.amp, device)
-    classifier = MnistClassifier()
-    if args.weights:
-        load_classifier(classifier, args.weights)
+    classifier = make_classifier(args, data)
     classifier.to(device, memory_format=torch.channels_last)
     color_head = ColorHead().to(device)  # of --method lnl
     parameters = [*classifier.parameters(), *color_head.parameters()]
@@ -469,10 +568,12 @@ def train_digits(args, seed, out, data, device, stop):
 
 def evaluate_digits(args, out, data, device):
     """The metrics of the classifier in --weights."""
-    classifier = MnistClassifier()
-    load_classifier(classifier, args.weights)
+    classifier = make_classifier(args, data)
     classifier.to(device, memory_format=torch.channels_last)
-    return measure_digits(classifier, data) | measure_heat_maps(args, classifier, data, out)
+    metrics = measure_digits(classifier, data)
+    if data.counterfactual:
+        metrics |= measure_factors(classifier, data, out)
+    return metrics | measure_heat_maps(args, classifier, data, out)
 
 
 def measure_heat_maps(args, classifier, data, out):
@@ -510,7 +611,8 @@ def classify_digits(args, device):
     if args.offline:
         print("OFFLINE: synthetic digits, drawn textures. No number of this run is about MNIST.")
     with runs.claim_folder(args.out, __file__, args.resume):
-        data = load_digit_data(args, device)
+        load = load_folder_data if args.dataset == "images" else load_digit_data
+        data = load(args, device)
         runs.describe_run(args.out, __file__, vars(args))
         stop = runs.StopSignal()
         results = {}
@@ -568,11 +670,28 @@ def parse_digits(parser, argv, variant):
     penalties.add_argument(
         "--penalty", type=runs.non_negative_float, default=1.0, help="weight of what they add"
     )
-    data = parser.add_argument_group("digits")
-    data.add_argument(
-        "--data-dir", type=Path, default=runs.DOWNLOADS,
-        help="folder with MNIST's files; fetched if missing",
-    )
+    data = parser.add_argument_group("images")
+    if variant == "images":
+        data.add_argument(
+            "--data-dir", type=Path, required=True, help="folder, as in train_cgn.py"
+        )
+        data.add_argument(
+            "--image-size", type=int, choices=[32, 64, 128], default=32,
+            help="as in train_cgn.py",
+        )
+        data.add_argument(
+            "--test", type=runs.name_and_path, nargs="+", default=[], metavar="NAME=PATH",
+            help="further test sets, each a folder with a folder for each class",
+        )
+        data.add_argument(
+            "--arch", default="digits",
+            help="the digits' classifier, or one of torchvision, untrained, such as resnet18",
+        )
+    else:
+        data.add_argument(
+            "--data-dir", type=Path, default=runs.DOWNLOADS,
+            help="folder with MNIST's files; fetched if missing",
+        )
     if variant == "wildlife_mnist":
         data.add_argument(
             "--textures", help="folder with object/ and background/, or 'dtd', as in train_cgn.py"
@@ -585,6 +704,8 @@ def parse_digits(parser, argv, variant):
 
     args = parser.parse_args(argv)
     check_common(parser, args, training)
+    if variant == "images":
+        check_images(parser, args)
     if args.method != "irm":
         runs.refuse_flags(parser, irm, args, "needs --method irm")
     if args.method == "plain":
@@ -595,11 +716,24 @@ def parse_digits(parser, argv, variant):
             "image of each"
         )
     generated = args.train in ("counterfactual", "both")
-    if args.counterfactual and not generated:
+    if args.counterfactual and not generated and not args.evaluate:
         parser.error(f"--counterfactual: --train {args.train} takes none")
     if generated and not args.counterfactual:
         parser.error(f"--train {args.train}: needs --counterfactual, a data set of generate.py")
     return args
+
+
+def check_images(parser, args):
+    """The parser's error for what a folder of images does not have."""
+    if args.train == "decorrelated":
+        parser.error("--train decorrelated: only of the MNIST variants, whose colors are drawn")
+    if args.explain:
+        parser.error("--explain: only on the MNIST variants and ImageNet")
+    if args.arch != "digits":
+        if args.arch not in torchvision.models.list_models(torchvision.models):
+            parser.error(f"--arch {args.arch}: not a classifier of torchvision, such as resnet18")
+        if args.method == "lnl":
+            parser.error("--method lnl: needs the digits' classifier")
 
 
 # ==================================================================================================
@@ -714,6 +848,13 @@ def with_means(logits):
     return torch.cat([logits, mean, shape_and_texture], 1)
 
 
+def only_classes(logits, classes):
+    """Logits (..., 1000) with those of all other classes at minus infinity."""
+    kept = torch.full_like(logits, -torch.inf)
+    kept[..., classes] = logits[..., classes]
+    return kept
+
+
 def top_hits(logits, labels, present=None):
     """Top-1 and top-5 hits of each head: (heads, 2).
 
@@ -721,14 +862,23 @@ def top_hits(logits, labels, present=None):
     """
     logits = with_means(logits)
     if present is not None:
-        absent = ~torch.isin(torch.arange(1000, device=logits.device), present)
-        logits = logits.masked_fill(absent, -torch.inf)
+        logits = only_classes(logits, present)
     if labels.ndim == 1:
         labels = labels[:, None]
     else:  # both means are compared with the shape's class
         labels = torch.cat([labels, labels[:, :1], labels[:, :1]], 1)
     hits = logits.topk(5).indices == labels[..., None]  # (N, heads, 5)
     return torch.stack([hits[..., 0].sum(0), hits.any(2).sum(0)], 1)
+
+
+def counterfactual_hits(logits, labels):
+    """Of each head, (heads, 9): top-1 hits of its own label, then followed_factors of the best
+    prediction, and of the best five. labels: (N, 3).
+    """
+    own = top_hits(logits, labels if logits.shape[1] == 3 else labels[:, 0])[:, :1]
+    best = with_means(logits).topk(5).indices
+    top1 = followed_factors(best[..., :1], labels)
+    return torch.cat([own, top1, followed_factors(best, labels)], 1)
 
 
 def conflict_hits(logits, labels):
@@ -756,7 +906,10 @@ def imagenet9_hits(logits, labels):
 
 @torch.inference_mode()
 def count_hits(model, heads, kind, test, hits, args, device):
-    """The sum of `hits` over a test (paths, labels), and how many images it has."""
+    """The sum of `hits` over a test (paths, labels), and how many images it has.
+
+    With --classes, the logits of all others are as low as can be.
+    """
     rank, world_size = runs.rank_and_world_size()
     bf16 = runs.pick_bf16(args.amp, device)
     paths, labels = test
@@ -776,6 +929,8 @@ def count_hits(model, heads, kind, test, hits, args, device):
             logits = model(imagenet.normalized(pixels, *statistics)).float()
         if logits.ndim == 2:
             logits = logits[:, None]
+        if args.classes:
+            logits = only_classes(logits, imagenet.class_indices(args.classes))
         sums = sums + hits(logits, truth)
         count += len(pixels)
     if not count:  # a rank without images: zeros of the right shape
@@ -794,18 +949,17 @@ def evaluate(model, names, tests, args, device):
     rows = []
     top1 = {}  # test -> top-1 accuracy of each head
     for test, (kind, images) in tests.items():
-        if kind == "counterfactual" and len(names) == 1:  # no heads for the three labels
-            continue
         if kind == "conflict":
             score = conflict_hits
+        elif kind == "counterfactual":
+            score = counterfactual_hits
         elif kind == "in9":
             score = imagenet9_hits
         else:
             present = images[1].unique().to(device) if kind == "ood" else None
             score = functools.partial(top_hits, present=present)
         hits, count = count_hits(model, min(len(names), 3), kind, images, score, args, device)
-        heads = names[:3] if kind == "counterfactual" else names
-        for name, head_hits in zip(heads, hits):
+        for name, head_hits in zip(names, hits):
             rows += rows_of_head(test, name, kind, head_hits, count)
         top1[test] = [percent(head_hits[0], count) for head_hits in hits]
     if {"in9 mixed_same", "in9 mixed_rand"} <= top1.keys():
@@ -813,11 +967,6 @@ def evaluate(model, names, tests, args, device):
         for name, same, rand in pairs:
             rows.append(("in9", name, "background gap", same - rand, None, None))
     return rows
-
-
-def percent(hits, total):
-    """100 hits / total; NaN for none."""
-    return 100 * hits / total if total else math.nan
 
 
 def rows_of_head(test, name, kind, hits, count):
@@ -829,10 +978,37 @@ def rows_of_head(test, name, kind, hits, count):
             (test, name, "shape bias", percent(first, decided), first, decided),
             (test, name, "right shape", percent(first, count), first, count),
         ]
+    if kind == "counterfactual":
+        return factor_rows(test, name, hits, count)
     rows = [(test, name, "top-1", percent(first, count), first, count)]
     if kind in ("val", "ood"):
         rows.append((test, name, "top-5", percent(hits[1], count), hits[1], count))
     return rows
+
+
+def factor_rows(test, name, hits, count):
+    """The rows of one head on counterfactuals. hits: see counterfactual_hits."""
+    rows = []
+    if name in HEADS:
+        rows.append((test, name, "top-1", percent(hits[0], count), hits[0], count))
+    differ = sum(hits[1:5])  # images whose three classes differ
+    if not differ:
+        return rows
+    for factor, hit in zip(FACTORS, hits[1:5]):
+        rows.append((test, name, f"follows {factor}", percent(hit, differ), hit, differ))
+    for factor, hit in zip(FACTORS, hits[5:]):
+        rows.append((test, name, f"{factor} in top 5", percent(hit, differ), hit, differ))
+    return rows
+
+
+def write_chart(path, rows):
+    """A bar for each head that was tested on counterfactuals; no file if none was."""
+    bars = {}
+    for _, name, measure, share, _, _ in rows:
+        if measure.startswith("follows"):
+            bars.setdefault(name, []).append(share)
+    if bars:
+        pictures.save_png(path, pictures.factor_chart(bars))
 
 
 def write_table(out, rows):
@@ -859,7 +1035,7 @@ def load_tests(args, counterfactual):
     """
     tests = {}
     if args.data_dir:
-        tests["val"] = "val", imagenet.validation_images(args.data_dir)
+        tests["val"] = "val", of_classes(args, *imagenet.validation_images(args.data_dir))
     if len(counterfactual[0]):
         tests["counterfactual"] = "counterfactual", counterfactual
     if args.cue_conflict:
@@ -867,11 +1043,8 @@ def load_tests(args, counterfactual):
     if args.imagenet9:
         for name, images in imagenet.imagenet9_images(args.imagenet9).items():
             tests[f"in9 {name}"] = "in9", images
-    for pair in args.ood:
-        name, _, path = pair.partition("=")
-        if not path:
-            raise runs.UserError(f"--ood {name}: should be NAME=PATH")
-        paths, labels = imagenet.wnid_images(path)
+    for name, path in args.ood:
+        paths, labels = of_classes(args, *imagenet.wnid_images(path))
         tests[name] = "ood", (paths, labels)
         classes = len(labels.unique())
         print(f"{name}: {classes} of 1000 classes; predictions are restricted to them")
@@ -1039,11 +1212,25 @@ def check_batch_sizes(args):
             )
 
 
+def of_classes(args, paths, labels):
+    """The part of a list that is of --classes; all of it without. UserError if there is none."""
+    if not args.classes:
+        return paths, labels
+    classes = imagenet.class_indices(args.classes)
+    found = imagenet.images_of_classes(paths, labels, classes)
+    folder = Path(paths[0]).parent.parent
+    if not found[0]:
+        raise runs.UserError(f"--classes: {folder} has no image of these {len(classes)} classes")
+    if runs.is_main_rank():
+        print(f"{folder}: {len(found[0])} of {len(paths)} images are of --classes")
+    return found
+
+
 def split_counterfactuals(args):
     """Counterfactuals to test the heads on, and those to train on (None if there are none)."""
     if not args.counterfactual:
         return ([], []), None
-    paths, labels = imagenet.counterfactual_images(args.counterfactual)
+    paths, labels = of_classes(args, *imagenet.counterfactual_images(args.counterfactual))
     cut = args.cf_test
     if args.evaluate:
         return (paths[:cut], labels[:cut]), None
@@ -1061,13 +1248,15 @@ def classify_imagenet(args, device):
     held_out, counterfactual = split_counterfactuals(args)
     tests = load_tests(args, held_out)
     if not args.evaluate:
-        real = imagenet.wnid_images(args.data_dir / "train")
+        real = of_classes(args, *imagenet.wnid_images(args.data_dir / "train"))
         if len(real[0]) < args.batch_size:
             raise runs.UserError(
                 f"--batch-size {args.batch_size}: larger than the {len(real[0])} training images"
             )
     torch.manual_seed(args.seed)
-    ensemble = load_ensemble(args).to(device, memory_format=torch.channels_last)
+    ensemble = None
+    if args.weights or not args.evaluate:
+        ensemble = load_ensemble(args).to(device, memory_format=torch.channels_last)
     if args.baseline:
         baseline = load_baseline(args).to(device, memory_format=torch.channels_last)
 
@@ -1077,7 +1266,7 @@ def classify_imagenet(args, device):
             print("OFFLINE: random weights. No number of this run is about ImageNet.")
         runs.wait_for_ranks()
         if args.evaluate:
-            rows = evaluate(ensemble, PREDICTIONS, tests, args, device)
+            rows = evaluate(ensemble, PREDICTIONS, tests, args, device) if ensemble else []
         else:
             rows = train_ensemble(args, ensemble, tests, real, counterfactual, device)
             if rows is None:
@@ -1086,6 +1275,7 @@ def classify_imagenet(args, device):
             rows += evaluate(baseline, ["baseline"], tests, args, device)
         if runs.is_main_rank():
             write_table(args.out, rows)
+            write_chart(args.out / "factors.png", rows)
             if args.explain:
                 pictures.explain_ensemble(
                     ensemble,
@@ -1148,10 +1338,16 @@ def parse_ensemble(parser, argv):
     data = parser.add_argument_group("data and tests")
     data.add_argument("--data-dir", type=Path, help="ImageNet's folder, with train/ and val/")
     data.add_argument(
+        "--classes", nargs="+", metavar="CLASS",
+        help="train on and test with images of these alone; no other is predicted: numbers, WNIDs, "
+        "(parts of) English names, files with one in each line, imagenette, imagenet-a",
+    )
+    data.add_argument(
         "--workers", type=runs.non_negative_int, default=4, help="processes that decode, per GPU"
     )
     data.add_argument(
-        "--baseline", action="store_true", help="evaluate the pretrained classifier as well"
+        "--baseline", action="store_true",
+        help="evaluate the pretrained classifier as well; with --evaluate and no --weights, alone",
     )
     data.add_argument(
         "--cue-conflict", type=Path, metavar="FOLDER", help="Cue-Conflict's 16 folders: shape bias"
@@ -1164,7 +1360,7 @@ def parse_ensemble(parser, argv):
         help="of ImageNet-9's images: the network's own, or the other one of the published code",
     )
     data.add_argument(
-        "--ood", nargs="+", default=[], metavar="NAME=PATH",
+        "--ood", type=runs.name_and_path, nargs="+", default=[], metavar="NAME=PATH",
         help="folders by WNID, of all classes or some",
     )
     parser.set_defaults(epochs=45, lr=0.001)
@@ -1173,6 +1369,10 @@ def parse_ensemble(parser, argv):
     check_common(parser, args, training)
     if not args.counterfactual:
         runs.refuse_flags(parser, mixing, args, "needs --counterfactual")
+    if args.explain and args.evaluate and not args.weights:
+        parser.error("--explain: shows an ensemble's heads; give its --weights")
+    if args.classes and (args.cue_conflict or args.imagenet9):
+        parser.error("--classes: Cue-Conflict and ImageNet-9 have categories of their own")
     if args.in9_normalization == "in9" and not args.imagenet9:
         parser.error("--in9-normalization: needs --imagenet9")
     if not args.evaluate and not args.data_dir:
@@ -1192,13 +1392,14 @@ def parse_args(argv=None):
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--dataset", required=True, choices=[*mnist.VARIANTS, "imagenet"],
-        help="chooses the other flags and their defaults: --dataset NAME --help shows them",
+        "--dataset", required=True, choices=[*mnist.VARIANTS, "images", "imagenet"],
+        help="chooses the other flags and their defaults: --dataset NAME --help shows them; images "
+        "is a folder of your own",
     )
     (dataset,) = runs.look_ahead(argv, "--dataset")
     if dataset == "imagenet":
         return parse_ensemble(parser, argv)
-    if dataset in mnist.VARIANTS:
+    if dataset in mnist.VARIANTS or dataset == "images":
         return parse_digits(parser, argv, dataset)
     return parser.parse_args(argv)
 
@@ -1209,7 +1410,7 @@ def main():
     if args.dataset == "imagenet":
         classify_imagenet(args, device)
     elif runs.rank_and_world_size()[1] > 1:
-        raise runs.UserError("several GPUs: only for --dataset imagenet; MNIST fits one")
+        raise runs.UserError("several GPUs: only for --dataset imagenet; others fit one")
     else:
         classify_digits(args, device)
 

@@ -29,6 +29,7 @@ HEADS = ("shape", "texture", "background")  # the three labels of a counterfactu
 ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
 MAX_PIXELS = 90_000_000  # of an image; the largest of ImageNet has 61 million
 MAX_DAMAGED = 20  # images that are skipped before it is an error
+DAMAGED = "damaged, too large or no image; left out"
 
 # Mean and standard deviation of RGB in [0, 1]: of ImageNet, as torchvision's weights expect, and of
 # ImageNet-9, as the published CGN code has it.
@@ -45,7 +46,8 @@ IN9_STD = (0.2600, 0.2516, 0.2575)
 @functools.cache
 def imagenet_metadata():
     """What data/imagenet.json holds: "wnids" in class order, "cue_conflict" (its categories), "in9"
-    (its map from ImageNet's classes), "best_classes" (the authors' lists of good ones).
+    (its map from ImageNet's classes), "best_classes" (the authors' lists of good ones),
+    "class_lists" (classes of Imagenette and of ImageNet-A).
     """
     return json.loads((runs.ROOT / "data" / "imagenet.json").read_text())
 
@@ -56,26 +58,45 @@ def class_names():
 
 
 def class_index(text):
-    """A class by its index or by (part of) its English name.
+    """A class by its index, its WNID, or (part of) its English name.
 
     UserError if there is none or more than one, with suggestions.
     """
     names = class_names()
-    if text.isdigit() or text[:1] == "-":
-        if text.isdigit() and int(text) < len(names):
+    if re.fullmatch(r"-?[0-9]+", text):
+        if text in map(str, range(len(names))):
             return int(text)
         raise runs.UserError(f"class {text}: ImageNet has classes 0 to {len(names) - 1}")
+    for known in (imagenet_metadata()["wnids"], names):
+        if text in known:  # "cardigan" is a garment, "Cardigan" a dog
+            return known.index(text)
     lower = [name.lower() for name in names]
-    if text.lower() in lower:
-        return lower.index(text.lower())
-    found = [index for index, name in enumerate(lower) if text.lower() in name]
+    found = [index for index, name in enumerate(lower) if name == text.lower()]
+    found = found or [index for index, name in enumerate(lower) if text.lower() in name]
     if len(found) == 1:
         return found[0]
-    close = [names[index] for index in found]
+    close = [f"{names[index]} ({index})" for index in found]
     close = close or difflib.get_close_matches(text.lower(), lower, 4)
     problem = "more than one class" if found else "no class"
     suggestions = f"; meant {', '.join(close[:6])}?" if close else ""
     raise runs.UserError(f"class {text!r}: {problem} of that name{suggestions}")
+
+
+def class_indices(texts):
+    """Classes, sorted, each once: single ones as above, "imagenette", "imagenet-a", or files with a
+    class in each line. UserError for what is none of these.
+    """
+    lists = imagenet_metadata()["class_lists"]
+    found = set()
+    for text in texts:
+        if text in lists:
+            found.update(lists[text])
+        elif Path(text).is_file():
+            lines = Path(text).read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            found.update(class_index(line.strip()) for line in lines if line.strip())
+        else:
+            found.add(class_index(text))
+    return sorted(found)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -98,6 +119,14 @@ def subfolders(folder, content):
     if not found:
         raise runs.UserError(f"{folder}: holds no folders; it should hold {content}")
     return found
+
+
+def images_of_classes(paths, labels, classes):
+    """The part of a list whose labels, (n,) or (n, columns), are all of these classes."""
+    wanted = torch.isin(labels, torch.tensor(classes))
+    if labels.ndim == 2:
+        wanted = wanted.all(1)
+    return list(itertools.compress(paths, wanted)), labels[wanted]
 
 
 def labeled_images(folders, classes):
@@ -154,13 +183,11 @@ def photograph_images(folder, classes=None):
         return flat, torch.tensor(classes[:1] * len(flat))
     paths, labels = wnid_images(folder)
     if classes:
-        wanted = torch.isin(labels, torch.tensor(classes))
-        if not wanted.any():
+        paths, labels = images_of_classes(paths, labels, classes)
+        if not paths:
             raise runs.UserError(
                 f"--images {folder}: no folder of --shape {' '.join(map(str, classes))}"
             )
-        paths = list(itertools.compress(paths, wanted))
-        labels = labels[wanted]
     return paths, labels
 
 
@@ -325,6 +352,10 @@ def declared_pixels(data):
     data: the file's bytes, uint8 tensor.
     """
     head = memoryview(data.numpy())
+    if head[12:16] == b"IHDR":  # a PNG
+        width = int.from_bytes(head[16:20], "big")
+        height = int.from_bytes(head[20:24], "big")
+        return height * width
     place = 2
     # A JPEG is a row of segments: 0xff, kind, length in two bytes, content.
     while head[:2] == b"\xff\xd8" and place + 9 < len(head) and head[place] == 0xFF:
@@ -342,10 +373,13 @@ def declared_pixels(data):
         return 0
 
 
-def decode(data):
-    """The bytes of an image file (uint8 tensor) -> uint8 (3, H, W), or None if it is damaged."""
+def decode(data, upright=False):
+    """The bytes of an image file (uint8 tensor) -> uint8 (3, H, W), or None if it is damaged.
+
+    upright: turn a photograph as its camera says, which ImageNet's protocols do not.
+    """
     try:
-        image = decode_image(data, ImageReadMode.RGB)
+        image = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=upright)
     except RuntimeError:
         return None
     image = v2.functional.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
@@ -427,7 +461,7 @@ def batches(images, order, batch_size, num_workers, device):
         for index in damaged:
             skipped += 1
             path = images.paths[index]
-            print(f"warning: {path}: damaged, too large or no image; left out", file=sys.stderr)
+            print(f"warning: {path}: {DAMAGED}", file=sys.stderr)
         if skipped > MAX_DAMAGED:
             raise runs.UserError(
                 f"more than {MAX_DAMAGED} damaged images, see above; mend or delete them"

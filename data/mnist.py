@@ -20,6 +20,7 @@ from data import runs, synthetic
 from kernels import compose
 
 SIZE = 32  # images are SIZE x SIZE
+NAMES = list("0123456789")  # of the classes
 TEXTURE_SIZE = 150  # textures are scaled to this, then padded and cropped to SIZE
 PADDING = 3  # pixels of a texture reflected at each border
 OFFLINE_DIGITS = 60_000  # synthetic digits in place of MNIST: 50,000 to train and 10,000 to test
@@ -264,6 +265,9 @@ class MnistVariant:
     for good.
     """
 
+    size = SIZE
+    names = NAMES
+
     def __init__(self, name, digits, labels, textures, seed, device):
         row = VARIANTS[name]
         # Nearest neighbor by pixel centers, as PIL does it: the published data went through PIL.
@@ -399,22 +403,27 @@ def load_variant(name, data_dir, *, textures=None, offline=False, seed=0, device
 # Counterfactuals
 
 
-def load_counterfactuals(folders, dataset, offline, device):
+def load_counterfactuals(folders, dataset, offline, original, device):
     """The data sets of generate.py in some folders, one after the other.
 
-    dataset, offline: what they must have been made for. Returns uint8 (n, 3, 32, 32) on `device`
-    and the classes of the shapes, int64 (n,). UserError, naming the folder, for one that is not
+    dataset, offline: what they must have been made for. original: the biased images, of the same
+    size and classes. Returns uint8 (n, 3, S, S) on `device` and the classes of shape, texture and
+    background, int64 (n, 3). UserError, naming the folder, for one that is not
     complete, damaged, or made for something else.
     """
     folders = [Path(folder) for folder in folders]
     descriptions = [read_description(folder, dataset, offline) for folder in folders]
     n = sum(description["n"] for description in descriptions)
-    images = torch.empty(n, 3, SIZE, SIZE, dtype=torch.uint8, device=device)
-    labels = torch.empty(n, dtype=torch.int64, device=device)
+    size = original.size
+    images = torch.empty(n, 3, size, size, dtype=torch.uint8, device=device)
+    labels = torch.empty(n, 3, dtype=torch.int64, device=device)
     start = 0
     for folder, description in zip(folders, descriptions):
         stop = start + description["n"]
         read_chunks(folder, description["chunks"], images[start:stop], labels[start:stop])
+        names = description.get("classes", NAMES)
+        if names != original.names or labels[start:stop].max() >= len(names):
+            raise runs.UserError(f"--counterfactual {folder}: its classes are not the data's")
         start = stop
     return images, labels
 
@@ -446,7 +455,7 @@ def read_description(folder, dataset, offline):
 
 
 def read_chunks(folder, chunks, images, labels):
-    """Fill images (n, 3, 32, 32) and labels (n,) from a data set's chunks. UserError if they do not
+    """Fill images (n, 3, S, S) and labels (n, 3) from a data set's chunks. UserError if they do not
     fill them.
     """
     n = len(images)
@@ -457,13 +466,13 @@ def read_chunks(folder, chunks, images, labels):
         try:
             stop = start + len(chunk["images"])
             images[start:stop] = chunk["images"]
-            labels[start:stop] = chunk["labels"][:, 0]
+            labels[start:stop] = chunk["labels"]
         except (KeyError, TypeError, IndexError, RuntimeError) as error:
             raise runs.UserError(
                 f"{path}: not a chunk of this data set ({error}); make it again"
             ) from None
         start = stop
-    if start != n or labels.max() > 9:
+    if start != n:
         raise runs.UserError(
             f"--counterfactual {folder}: {start} images where dataset.json promises {n}; "
             "make it again"

@@ -4,10 +4,12 @@ Heat maps are Grad-CAM's (Selvaraju et al., ICCV 2017), shown as sheets and meas
 digit masks.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import pil_to_tensor
 
 from data import imagenet, mnist, runs
@@ -88,20 +90,33 @@ def tile_sheet(images, column_titles=(), row_titles=(), scale=3, gap=2):
 # What the mechanisms make
 
 
+MAX_ROWS = 20  # of a sheet whose rows are classes; of more, every second, third ... is shown
+
+
+def shown_classes(cgn):
+    """The classes that a sheet of a CGN shows, int64 (n,)."""
+    classes = len(cgn.names)
+    every = math.ceil(classes / MAX_ROWS)
+    return torch.arange(0, classes, every, device=cgn.label_emb.weight.device)
+
+
+def sheet_scale(size):
+    """Pixels of a sheet for each pixel of an image of size x size."""
+    return max(1, 96 // size)
+
+
 @torch.no_grad()
 def mechanism_sheet(cgn):
     """A sheet of an MNIST CGN. Rows are classes; for two latents: mask, foreground, background,
     composite, and a counterfactual.
     """
-    device = next(cgn.parameters()).device
     generator = torch.Generator().manual_seed(0)  # the same latents each time: sheets compare
-    classes = cgn.label_emb.num_embeddings
-    z_dim = cgn.f_shape[0].in_features - cgn.label_emb.embedding_dim
-    y = torch.arange(classes, device=device)
+    y = shown_classes(cgn)
+    device = y.device
     columns = []
     for shift in (3, 7):  # the counterfactual's textures are of any other class
-        z = torch.randn(classes, z_dim, generator=generator)
-        offsets = torch.randint(mnist.SIZE, (2, classes, 2), generator=generator)
+        z = torch.randn(len(y), cgn.z_dim, generator=generator)
+        offsets = torch.randint(cgn.size, (2, len(y), 2), generator=generator)
         offsets = offsets.to(device)
         mask, foreground, background = cgn(z.to(device), y)
         foreground = shuffle_patches(foreground, offsets[0])
@@ -115,8 +130,8 @@ def mechanism_sheet(cgn):
             columns.append(to_unit(image))
     images = torch.stack(columns, 1)
     titles = ["mask", "foreground", "background", "composite", "counterfact."]
-    rows = list(map(str, range(classes)))
-    return tile_sheet(images, 2 * titles, rows)
+    rows = [cgn.names[label] for label in y.tolist()]
+    return tile_sheet(images, 2 * titles, rows, sheet_scale(cgn.size))
 
 
 @torch.no_grad()
@@ -124,30 +139,28 @@ def segmentation_sheet(cgn, images, masks, labels, count=4):
     """A sheet of the first `count` real images of each class, a row for each class: the image, the
     mask found in it, and a counterfactual of that mask.
 
-    images: uint8 (n, 3, 32, 32). masks: uint8 (n, 1, 32, 32). labels: (n,).
+    images: uint8 (n, 3, S, S). masks: uint8 (n, 1, S, S). labels: (n,).
     """
     device = labels.device
     generator = torch.Generator().manual_seed(0)
-    classes = cgn.label_emb.num_embeddings
-    z_dim = cgn.f_shape[0].in_features - cgn.label_emb.embedding_dim
-    y = torch.arange(classes, device=device)
+    y = shown_classes(cgn)
     order = labels.argsort(stable=True)
     first = torch.searchsorted(labels[order], y)
     columns = []
     for column in range(count):
         index = order[(first + column).clamp(max=len(order) - 1)]
-        z = torch.randn(2, classes, z_dim, generator=generator).to(device)
-        offsets = torch.randint(mnist.SIZE, (2, classes, 2), generator=generator).to(device)
-        foreground = cgn.foreground(z[0], (y + 3 + column) % classes)
-        background = cgn.background(z[1], (y + 7 + 3 * column) % classes)
+        z = torch.randn(2, len(y), cgn.z_dim, generator=generator).to(device)
+        offsets = torch.randint(cgn.size, (2, len(y), 2), generator=generator).to(device)
+        foreground = cgn.foreground(z[0], (y + 3 + column) % len(cgn.names))
+        background = cgn.background(z[1], (y + 6 + 3 * column) % len(cgn.names))
         foreground = shuffle_patches(foreground, offsets[0])
         background = shuffle_patches(background, offsets[1])
         mask = masks[index] / 255
         columns += [images[index] / 255, as_rgb(mask)]
         columns.append(to_unit(compose(mask, foreground, background)))
     titles = ["image", "mask", "counterfact."]
-    rows = list(map(str, range(classes)))
-    return tile_sheet(torch.stack(columns, 1), count * titles, rows)
+    rows = [cgn.names[label] for label in y.tolist()]
+    return tile_sheet(torch.stack(columns, 1), count * titles, rows, sheet_scale(cgn.size))
 
 
 @torch.no_grad()
@@ -183,11 +196,11 @@ def as_rgb(mask):
     return mask.expand(-1, 3, -1, -1)
 
 
-def counterfactual_sheet(mask, foreground, background, column_titles):
+def counterfactual_sheet(mask, foreground, background, column_titles, row_titles):
     """One shape per row, one pair of textures per column. The left column shows the row's mask.
 
-    mask: (rows, 1, H, W) in [0, 1]. foreground, background: (columns, 3, H, W) in [-1, 1].
-    column_titles: of the pairs. Rows are named 0, 1, ...
+    mask: (rows, 1, S, S) in [0, 1]. foreground, background: (columns, 3, S, S) in [-1, 1].
+    column_titles: of the pairs.
     """
     columns = [as_rgb(mask)]
     for one_foreground, one_background in zip(foreground, background):
@@ -195,17 +208,50 @@ def counterfactual_sheet(mask, foreground, background, column_titles):
         columns.append(to_unit(composite))
     images = torch.stack(columns, 1)
     titles = ["mask", *column_titles]
-    rows = list(map(str, range(len(mask))))
-    return tile_sheet(images, titles, rows)
+    return tile_sheet(images, titles, row_titles, sheet_scale(mask.shape[-1]))
 
 
 def interpolation_sheet(columns, row_titles):
     """The frames of an interpolation side by side, a row for each.
 
-    columns: a list of frames (rows, 3, H, W) in [-1, 1].
+    columns: a list of frames (rows, 3, S, S) in [-1, 1].
     """
     images = torch.stack(columns, 1)
-    return tile_sheet(to_unit(images), row_titles=row_titles)
+    return tile_sheet(to_unit(images), row_titles=row_titles, scale=sheet_scale(images.shape[-1]))
+
+
+FACTOR_COLORS = {
+    "shape": "#0072b2",
+    "texture": "#e69f00",
+    "background": "#009e73",
+    "none": "#c8c8c8",
+}
+
+
+def factor_chart(bars):
+    """Stacked bars of the shares of counterfactuals that a classifier calls by the class of their
+    shape, texture, background, or by none of these.
+
+    bars: name -> the four in percent. Returns uint8 (3, height, 640).
+    """
+    font = ImageFont.load_default(14)
+    sheet = Image.new("RGB", (640, 50 + 34 * len(bars)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (factor, color) in enumerate(FACTOR_COLORS.items()):
+        x = 180 + 110 * column
+        draw.rectangle((x, 14, x + 12, 26), color)
+        draw.text((x + 18, 20), factor, "black", font, anchor="lm")
+    for row, (name, shares) in enumerate(bars.items()):
+        y = 42 + 34 * row
+        draw.text((170, y + 13), name, "black", font, anchor="rm")
+        x = 180
+        for share, color in zip(shares, FACTOR_COLORS.values()):
+            width = 0 if math.isnan(share) else 4.4 * share
+            draw.rectangle((x, y, x + width, y + 26), color)
+            if share >= 8:
+                draw.text((x + width / 2, y + 13), f"{share:.0f} %", "black", font, anchor="mm")
+            x += width
+    return pil_to_tensor(sheet)
 
 
 # --------------------------------------------------------------------------------------------------

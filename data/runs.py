@@ -8,8 +8,10 @@ exit code 2, no traceback.
 
 import argparse
 import contextlib
+import csv
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -113,6 +115,14 @@ def truncation(text):
     if value == 0:
         raise argparse.ArgumentTypeError("should be above 0")
     return value
+
+
+def name_and_path(text):
+    """The value NAME=PATH of a flag, as (name, path)."""
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise argparse.ArgumentTypeError(f"{text}: should be NAME=PATH")
+    return name, path
 
 
 def look_ahead(argv, *flags):
@@ -258,6 +268,19 @@ def cannot_write(path, error):
     """The UserError of a file that could not be written."""
     reason = getattr(error, "strerror", None) or first_line(error)
     return UserError(f"cannot write {path}: {reason}; free some space, or choose another --out")
+
+
+def csv_text(rows):
+    """Rows as the text of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def write_csv(path, rows):
+    """Write rows as a CSV file, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(csv_text(rows), encoding="utf-8")
 
 
 def append_text(path, text):

@@ -21,6 +21,8 @@ WRONG += ["0x10", "1e", "1,5", "\0", "--", "é"]
 # What a script needs to be told, whatever the flag under test.
 REQUIRED = {
     ("train_classifier", "imagenet"): ["--data-dir", "x"],
+    ("train_classifier", "images"): ["--data-dir", "x"],
+    ("train_cgn", "images"): ["--data-dir", "x"],
 }
 
 
@@ -39,7 +41,7 @@ def actions_of(script, dataset, monkeypatch):
     return [action for action in parsers[0]._actions if action.option_strings]
 
 
-@pytest.mark.parametrize("dataset", ["wildlife_mnist", "imagenet"])
+@pytest.mark.parametrize("dataset", ["wildlife_mnist", "images", "imagenet"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_wrong_values_of_every_flag(script, dataset, monkeypatch, capsys):
     parse = importlib.import_module(script).parse_args
@@ -69,7 +71,7 @@ def test_wrong_values_of_every_flag(script, dataset, monkeypatch, capsys):
             assert action.type in (None, str) or not isinstance(found, str), flags
 
 
-@pytest.mark.parametrize("dataset", ["wildlife_mnist", "imagenet"])
+@pytest.mark.parametrize("dataset", ["wildlife_mnist", "images", "imagenet"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_abbreviations_are_refused(script, dataset, monkeypatch, capsys):
     """--datase imagenet was taken once, without ImageNet's defaults."""
@@ -135,6 +137,11 @@ def small_world(digits_dir, small_cgn, tmp_path_factory):
             folder.mkdir(parents=True)
             for picture in range(2):
                 Image.new("RGB", (40, 30), (index // 2, 99, 0)).save(folder / f"{picture}.jpg")
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            folder = root / "folder" / split / name
+            folder.mkdir(parents=True)
+            Image.new("RGB", (40, 30), (200, 99, 0)).save(folder / "a.png")
     for variant in ("mixed_same", "mixed_rand"):
         folder = root / "in9" / variant / "val" / "00_dog"
         folder.mkdir(parents=True)
@@ -168,6 +175,8 @@ MODES = {
     " --segmenter-steps 2",
     "textures": f"{TRAIN} --dataset wildlife_mnist --data-dir DIGITS --warmup 1 --max-steps 9"
     " --segmenter-steps 2 --textures ROOT/textures",
+    "folder": f"{TRAIN} --dataset images --data-dir ROOT/folder --batch-size 2 --warmup 1"
+    " --max-steps 9 --segmenter-steps 2",
     "imagenet": f"{TRAIN} {SMALL} --max-steps 2 --sample-every 1",
     "sheets": "generate --out OUT --device cpu",
     "data set": "generate --out OUT --device cpu --n 3",
@@ -178,6 +187,8 @@ MODES = {
     " --batch-size 2",
     "real": "generate --dataset imagenet --weights-dir PRETRAINED --out OUT --device cpu --n 2"
     " --batch-size 2 --shapes real --images ROOT/imagenet/val --mask-range 0 1",
+    "score": "generate --dataset imagenet --weights-dir PRETRAINED --out OUT --device cpu --offline"
+    " --score 10",
     "morph": "generate --dataset imagenet --weights-dir PRETRAINED --out OUT --device cpu"
     " --interpolate all --to zebra --frames 2",
     "original": f"{CLASSIFY} --dataset colored_mnist --epochs 1",
@@ -185,7 +196,10 @@ MODES = {
     "lnl": f"{CLASSIFY} --dataset colored_mnist --epochs 1 --method lnl",
     "both": f"{CLASSIFY} --dataset colored_mnist --epochs 1 --train both"
     " --counterfactual ROOT/digits-cf",
-    "evaluate": f"{CLASSIFY} --dataset colored_mnist --evaluate --weights ROOT/digit.pt",
+    "evaluate": f"{CLASSIFY} --dataset colored_mnist --evaluate --weights ROOT/digit.pt"
+    " --counterfactual ROOT/digits-cf",
+    "classify folder": "train_classifier --out OUT --device cpu --dataset images --data-dir"
+    " ROOT/folder --epochs 2 --batch-size 2 --test B=ROOT/folder/test",
     "ensemble": f"{ENSEMBLE} --offline --epochs 1 --counterfactual ROOT/imagenet-cf --baseline"
     " --imagenet9 ROOT/in9 --cue-conflict ROOT/cue --ood A=ROOT/imagenet/val --explain 2",
     "tests": f"{ENSEMBLE} --offline --evaluate --weights ROOT/ensemble.pt --baseline"
@@ -209,7 +223,7 @@ def changed_value(action):
     repeats = action.nargs if isinstance(action.nargs, int) else 1
     if action.type in (runs.fraction, runs.truncation):
         return ["0.25", "0.75"][:repeats]
-    if action.dest == "ood":
+    if action.dest in ("ood", "test"):
         return ["B=x"]
     return ["7"] * repeats
 

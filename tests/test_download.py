@@ -62,6 +62,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         cut_once = kind in ("cut", "no-ranges-cut", "stalls") and first
         if cut_once or kind == "always-cut":
             body = body[: len(body) // 3]
+        entry["sent"] = len(body) if code in (200, 206) else 0  # before the client may go on
         if kind == "slow":
             for piece in range(10):
                 self.wfile.write(body[piece * len(body) // 10 : (piece + 1) * len(body) // 10])
@@ -70,7 +71,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
         if kind == "stalls" and first:
             time.sleep(2)
-        entry["sent"] = len(body) if code in (200, 206) else 0
 
     def answer(self, kind, asked, first):
         """Status, body and headers."""

@@ -17,6 +17,7 @@ import types
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 from conftest import SOAK, check_kills, contents, load, run, same, start, torchrun
@@ -596,6 +597,90 @@ def epoch_lines(out):
     return [line for line in log_lines(out) if "epoch" in line]
 
 
+def factor_images(path, labels):
+    """Images whose red, green and blue tell the classes of shape, texture and background."""
+    path.mkdir()
+    files = []
+    for index, row in enumerate(labels):
+        files.append(path / f"{index}.png")
+        Image.new("RGB", (32, 32), tuple(20 * label for label in row)).save(files[-1])
+    return files, torch.tensor(labels)
+
+
+def test_which_factor_a_network_follows(tmp_path):
+    """Of networks that read one factor, of one that reads none, and of heads that differ."""
+    labels = [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 9, 1], [2, 3, 4]]  # one has two of one class
+    test = factor_images(tmp_path / "images", labels)
+    args = parse_args(*NETWORK[2:], "--data-dir", tmp_path)
+    tests = {"counterfactual": ("counterfactual", test)}
+
+    def reader(*channels, offset=0):
+        def read(x):
+            std = torch.tensor(imagenet.STD)
+            values = (x.mean((2, 3)) * std + torch.tensor(imagenet.MEAN)) * 255 / 20
+            classes = values[:, list(channels)].round().long() + offset
+            logits = 10.0 * F.one_hot(classes, 1000) - 0.01 * torch.arange(1000)
+            return logits[:, 0] if len(channels) == 1 else logits
+
+        network = nn.Module()
+        network.forward = read
+        return network
+
+    def shares(network, names):
+        rows = train_classifier.evaluate(network, names, tests, args, CPU)
+        train_classifier.write_table(tmp_path, rows)
+        return cells(results(tmp_path), "hits"), cells(results(tmp_path), "images")
+
+    kinds = [f"follows {factor}" for factor in train_classifier.FACTORS]
+    for channel in range(3):
+        hits, images = shares(reader(channel), ["baseline"])
+        found = [hits["counterfactual", "baseline", kind] for kind in kinds]
+        assert found == [4 * (factor == channel) for factor in (0, 1, 2, 3)]
+        assert set(images.values()) == {4}
+    hits, _ = shares(reader(0, offset=500), ["baseline"])
+    assert hits["counterfactual", "baseline", "follows none"] == 4
+    # The best five are 500 + the shape, then 0 to 3.
+    assert hits["counterfactual", "baseline", "shape in top 5"] == 3
+    assert hits["counterfactual", "baseline", "none in top 5"] == 1
+    hits, images = shares(reader(1, 1, 2), train_classifier.PREDICTIONS)
+    assert hits["counterfactual", "shape", "follows texture"] == 4
+    assert hits["counterfactual", "background", "follows background"] == 4
+    assert hits["counterfactual", "shape and texture", "follows texture"] == 4
+    assert images["counterfactual", "texture", "top-1"] == 5
+    assert hits["counterfactual", "shape", "top-1"] == 1
+
+
+def test_a_pretrained_network_alone(miniature, counterfactuals, tmp_path):
+    """With --classes it predicts no others, and sees images of these alone."""
+    flags = ["train_classifier.py", *NETWORK, "--evaluate", "--baseline"]
+    run(*flags, "--counterfactual", counterfactuals, "--out", tmp_path / "run")
+    rows = results(tmp_path / "run")
+    assert {row["head"] for row in rows} == {"baseline"}
+    assert Image.open(tmp_path / "run" / "factors.png").width == 640
+
+    names = tmp_path / "names.txt"
+    names.write_text("goldfish\n999\n")
+    flags += ["--data-dir", miniature / "imagenet", "--classes", names, "n01440764"]
+    done = run(*flags, "--out", tmp_path / "three")
+    assert "5 of 7 images are of --classes" in done.stdout
+    hits = cells(results(tmp_path / "three"), "hits")
+    assert hits["val", "baseline", "top-5"] == 5  # three classes are among the best five
+    done = run(*flags, "--classes", 5, "--out", tmp_path / "none", expect=2)
+    assert "val has no image of these 1 classes" in done.stderr
+
+
+def test_lists_of_classes(tmp_path):
+    metadata = imagenet.imagenet_metadata()
+    assert [len(imagenet.class_indices([name])) for name in metadata["class_lists"]] == [10, 200]
+    found = imagenet.class_indices(["imagenette", "tench", "n01440764", "999"])
+    assert found == [0, 217, 482, 491, 497, 566, 569, 571, 574, 701, 999]
+    with pytest.raises(runs.UserError, match="class 'no such': no class of that name"):
+        imagenet.class_indices(["imagenette", "no such"])
+    logits = torch.arange(1000.0).expand(2, 3, -1)
+    kept = train_classifier.only_classes(logits, [3, 7])
+    assert kept.argmax(2).unique().tolist() == [7] and kept.isfinite().sum() == 2 * 3 * 2
+
+
 def test_the_whole_chain_tests_everything(whole):
     out, stdout = whole
     assert "8 counterfactuals for 12 in each epoch" in stdout
@@ -787,6 +872,7 @@ def test_mistakes(miniature, tmp_path):
         (["--data-dir", tmp_path / "none"], "no such folder"),
         ([], "training needs --data-dir"),
         (["--imagenet9", miniature / "in9", "--evaluate"], "needs --weights"),
+        ([*data, "--evaluate", "--baseline", "--explain", 3], "give its --weights"),
         ([*EVALUATE, "x"], "nothing to evaluate"),
         ([*EVALUATE, "x", "--lr", 0.1], "--lr: has no meaning with --evaluate"),
         ([*data, "--cf-ratio", 2], "--cf-ratio: needs --counterfactual"),

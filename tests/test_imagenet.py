@@ -5,6 +5,7 @@ several ranks.
 import copy
 import csv
 import json
+import math
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from conftest import (
     torchrun,
 )
 from PIL import Image
+from torchvision.transforms.functional import pil_to_tensor
 
 import generate
 import train_cgn
@@ -568,13 +570,55 @@ def test_interpolation_and_sheet(small_cgn, tmp_path):
 
 def test_class_names():
     assert imagenet.class_index("281") == imagenet.class_index("tabby") == 281
-    assert imagenet.class_index("African elephant") == 386
+    assert imagenet.class_index("African elephant") == imagenet.class_index("n02504458") == 386
+    assert imagenet.class_index("cardigan") == 474  # a garment
+    assert imagenet.class_index("Cardigan") == 264  # a dog
 
 
 @pytest.mark.parametrize(
     "text, words",
-    [("1000", "0 to 999"), ("-1", "0 to 999"), ("terrier", "more than one"), ("zzz", "no class")],
+    [
+        ("1000", "0 to 999"),
+        ("-1", "0 to 999"),
+        ("terrier", "more than one"),
+        ("CARDIGAN", "Cardigan \\(264\\), cardigan \\(474\\)"),
+        ("zzz", "no class"),
+        ("²", "no class"),
+    ],
 )
 def test_wrong_class_names(text, words):
     with pytest.raises(runs.UserError, match=words):
         imagenet.class_index(text)
+
+
+# --------------------------------------------------------------------------------------------------
+# The Inception Score
+
+
+def test_inception_score_by_hand():
+    score = generate.inception_score
+    assert score(torch.full((8, 5), 0.2)) == (pytest.approx(1), pytest.approx(0))  # says nothing
+    certain = torch.eye(4).repeat(3, 1)  # each of the parts has all four classes
+    assert score(certain, 3) == (pytest.approx(4), pytest.approx(0))
+    # Two predictions (0.9, 0.1) and (0.1, 0.9): their mean is even, the divergence
+    # 0.9 log 1.8 + 0.1 log 0.2.
+    pair = torch.tensor([[0.9, 0.1], [0.1, 0.9]], dtype=torch.float64)
+    divergence = 0.9 * math.log(1.8) + 0.1 * math.log(0.2)
+    assert score(pair, 1)[0] == pytest.approx(math.exp(divergence))
+    mean, spread = score(torch.cat([pair, torch.eye(2).double()]))
+    assert mean == pytest.approx((math.exp(divergence) + 2) / 2)
+    assert spread == pytest.approx((2 - math.exp(divergence)) / 2)
+
+
+def test_score_of_a_generator(small_cgn, tmp_path):
+    weights = ["--weights", small_cgn / "weights.pt", "--device", "cpu"]
+    flags = ["--dataset", "imagenet", *weights, "--offline", "--score", 10]
+    run("generate.py", *flags, "--classes", "tench", 400, "--out", tmp_path / "score")
+    content = json.loads((tmp_path / "score" / "score.json").read_text())
+    assert content["images"] == 10 and content["inception score"] >= 1
+    # The mean mask is that of the pictures that a data set of these settings has.
+    flags = ["--dataset", "imagenet", *weights, "--n", 10, "--save", "mask", "--format", "png"]
+    run("generate.py", *flags, "--classes", "tench", 400, "--out", tmp_path / "set")
+    masks = [pil_to_tensor(Image.open(file)) for file in (tmp_path / "set" / "mask").iterdir()]
+    mean = torch.stack(masks).double().mean().item() / 255
+    assert content["mean mask"] == pytest.approx(mean, abs=1e-4)

@@ -8,10 +8,14 @@ import pytest
 from conftest import ROOT, run
 
 SCRIPTS = {"train_cgn", "generate", "train_classifier"}
+PROGRAM_FILES = (
+    "kernels/benchmark*.py",
+    "kernels/compile_check.py",
+    "data/digit_folder.py",
+    "data/pretrained/*.py",
+)
 PROGRAMS = sorted(
-    path.relative_to(ROOT)
-    for pattern in ("kernels/benchmark*.py", "kernels/compile_check.py", "data/pretrained/*.py")
-    for path in ROOT.glob(pattern)
+    path.relative_to(ROOT) for pattern in PROGRAM_FILES for path in ROOT.glob(pattern)
 )
 MODULES = sorted(
     path.relative_to(ROOT)
@@ -28,6 +32,7 @@ LAYERS = (
     "data.weights",
     "data.mnist",
     "data.imagenet",
+    "data.folders",
     "data.pictures",
     "data.checkpoints",
 )
@@ -46,7 +51,12 @@ def test_program_describes_itself(program):
 @pytest.mark.parametrize("program", PROGRAMS, ids=str)
 def test_program_refuses_unknown_and_abbreviated_flags(program):
     # What the program cannot do without comes first: it would be the complaint otherwise.
-    needed = {"scenes.py": ["--out", "x"], "halve.py": ["x", "y"]}.get(program.name, [])
+    needed = {
+        "scenes.py": "--out x",
+        "halve.py": "x y",
+        "digit_folder.py": "--dataset colored_mnist --out x",
+    }
+    needed = needed.get(program.name, "").split()
     error = run(program, *needed, "--unknown", "--hel", expect=2).stderr
     assert "error: unrecognized arguments: --unknown --hel" in error
 

@@ -587,6 +587,15 @@ def test_commands_of_the_documents_parse():
     assert count >= 30
 
 
+def test_the_program_of_the_documents_runs(monkeypatch):
+    """A generator in a user's own program."""
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "data" / "README.md").read_text(), re.S)
+    found = {}
+    exec(code, found)
+    assert found["image"].shape == (8, 3, 32, 32)
+
+
 def test_the_readme_is_one_page_and_names_the_colors_right():
     text = (ROOT / "README.md").read_text()
     assert text.count("\n") <= 170 and len(text.encode()) <= 11 * 1024

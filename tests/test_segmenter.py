@@ -134,7 +134,7 @@ def test_counterfactuals_have_the_shapes_of_real_digits(
     cgn, _ = load_as("colored_mnist")(weights)
     with torch.inference_mode():
         background = generate.generate_texture(
-            cgn.background, settings, generate.BACKGROUND, 0, 70, "cpu"
+            cgn, cgn.background, settings, generate.BACKGROUND, 0, 70
         )[0]
     background = background.add(1).mul(127.5).round().to(torch.uint8)
     outside = ~masks.expand_as(background)

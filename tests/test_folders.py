@@ -1,0 +1,410 @@
+"""Folders of images: what they may hold, what is refused, and the whole chain on one."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+from PIL import Image
+
+from data import digit_folder, folders, imagenet, mnist, runs
+
+RED = (250, 10, 20)
+BUNDLED = ROOT / "data" / "pretrained" / "colored_mnist.pt"
+
+
+def save(path, size=(40, 32), color=RED, mode="RGB", **options):
+    """An image of one color. size: width and height."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.new("RGB", size, color).convert(mode)
+    image.save(path, **options)
+
+
+def two_classes(root, count=3):
+    """Two classes of so many images each."""
+    for name in ("cat", "dog"):
+        for index in range(count):
+            save(root / name / f"{index}.png")
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders that can be read: after the two classes of three images, each adds something to a folder,
+# and says how many training images there are then.
+
+
+def nested(root):
+    save(root / "cat" / "more" / "deep" / "a.png")
+    return 7
+
+
+def unicode_and_spaces(root):
+    save(root / "Höhle 洞 #1" / "ein Bild 'ü'.JPG")
+    return 7
+
+
+def one_pixel(root):
+    save(root / "cat" / "small.png", (1, 1))
+    return 7
+
+
+def many_pixels(root):
+    save(root / "cat" / "large.jpg", (4000, 3000))
+    save(root / "cat" / "long.png", (5000, 2))
+    return 8
+
+
+def cmyk(root):
+    save(root / "cat" / "print.jpg", mode="CMYK")
+    return 7
+
+
+def symbolic_links(root):
+    (root / "wolf").symlink_to(root / "dog", target_is_directory=True)
+    (root / "cat" / "link.png").symlink_to(root / "dog" / "0.png")
+    return 10
+
+
+def dangling_link(root):
+    (root / "cat" / "nowhere.png").symlink_to(root / "gone.png")
+    return 6
+
+
+def text_file(root):
+    (root / "cat" / "text.png").write_text("no image")
+    (root / "cat" / "notes.txt").write_text("no image, and not named as one")
+    return 6
+
+
+def empty_file(root):
+    (root / "cat" / "empty.png").touch()
+    return 6
+
+
+def truncated(root):
+    content = (root / "cat" / "0.png").read_bytes()
+    (root / "cat" / "cut.png").write_bytes(content[: len(content) // 2])
+    return 6
+
+
+def read_only(root):
+    for folder in (root / "cat", root / "dog", root):
+        folder.chmod(0o555)
+    return 6
+
+
+def two_cases(root):
+    save(root / "Cat" / "a.PNG")
+    return 7
+
+
+def hidden(root):
+    save(root / "cat" / "._0.png")
+    save(root / ".ipynb_checkpoints" / "0.png")
+    save(root / "__MACOSX" / "0.png")
+    (root / ".DS_Store").touch()
+    (root / "cat" / ".DS_Store").touch()
+    (root / "Thumbs.db").touch()
+    return 6
+
+
+def many_classes(root):
+    for index in range(998):
+        save(root / f"{index:04d}" / "a.png", (2, 2))
+    return 1004
+
+
+def webp(root):
+    save(root / "cat" / "a.webp", lossless=True)
+    return 7
+
+
+def animation(root):
+    frames = [Image.new("RGB", (32, 32), color) for color in (RED, (0, 0, 0))]
+    frames[0].save(root / "cat" / "b.webp", save_all=True, append_images=frames[1:], lossless=True)
+    return 6
+
+
+def train_alone(root):
+    for name in ("cat", "dog"):
+        (root / name).rename(root.parent / name)
+        (root / "train").mkdir(exist_ok=True)
+        (root.parent / name).rename(root / "train" / name)
+    return 6
+
+
+READABLE = [
+    nested,
+    unicode_and_spaces,
+    one_pixel,
+    many_pixels,
+    cmyk,
+    symbolic_links,
+    dangling_link,
+    text_file,
+    empty_file,
+    truncated,
+    read_only,
+    two_cases,
+    hidden,
+    many_classes,
+    webp,
+    animation,
+    train_alone,
+]
+
+
+@pytest.mark.parametrize("case", READABLE)
+def test_odd_folders_are_read(case, tmp_path, capsys):
+    root = tmp_path / "images"
+    two_classes(root)
+    expected = case(root)
+    training, test = folders.load_folder(root, 32)
+    shown = capsys.readouterr()
+    assert len(training) == expected and len(test) == 0
+    assert training.pixels.shape == (expected, 3, 32, 32)
+    assert f"{expected} training images of {len(training.names)} classes" in shown.out
+    assert training.labels.bincount(minlength=len(training.names)).min() > 0
+    color = training.pixels.float().mean((2, 3))
+    assert (color - torch.tensor(RED)).abs().max() < 30  # CMYK and JPEG are not exact
+    damaged = case in (dangling_link, text_file, empty_file, truncated, animation)
+    assert shown.err.count("left out") == damaged
+
+
+# --------------------------------------------------------------------------------------------------
+# Folders that cannot
+
+
+def empty_class(root):
+    (root / "empty").mkdir()
+    return "empty: no images (.jpeg, .jpg, .png, .webp) in this class"
+
+
+def damaged_class(root):
+    (root / "broken").mkdir()
+    (root / "broken" / "a.png").write_text("no image")
+    return "broken: no intact images in this class"
+
+
+def much_damaged(root):
+    for index in range(21):
+        (root / "cat" / f"broken{index}.png").write_text("no image")
+    return "more than 20 damaged images"
+
+
+def one_class(root):
+    (root / "cat").rename(root.parent / "cat")
+    return "1 class folders; a data set has 2 to 1000"
+
+
+def too_many_classes(root):
+    for index in range(999):
+        save(root / f"{index:04d}" / "a.png", (2, 2))
+    return "1001 class folders"
+
+
+def no_folder(root):
+    root.rename(root.parent / "elsewhere")
+    return "no such folder"
+
+
+def no_classes(root):
+    for name in ("cat", "dog"):
+        (root / name).rename(root.parent / name)
+    save(root / "a.png")
+    return "holds no folders; it should hold a folder for each class"
+
+
+def unknown_test_class(root):
+    train_alone(root)
+    save(root / "test" / "cow" / "a.png")
+    return "cow: the training images have no such class"
+
+
+UNREADABLE = [
+    empty_class,
+    damaged_class,
+    much_damaged,
+    one_class,
+    too_many_classes,
+    no_folder,
+    no_classes,
+    unknown_test_class,
+]
+
+
+@pytest.mark.parametrize("case", UNREADABLE)
+def test_other_folders_are_refused(case, tmp_path):
+    root = tmp_path / "images"
+    two_classes(root)
+    message = case(root)
+    with pytest.raises(runs.UserError) as refused:
+        folders.load_folder(root, 32)
+    assert message in str(refused.value)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pixels and splits
+
+
+def test_kinds_of_pixels(tmp_path):
+    """Gray, palette, transparent and 16-bit images have the values that they should have."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32), dtype=np.uint8)
+    gray = torch.from_numpy(noise).expand(3, -1, -1)
+    kinds = {
+        "gray.png": Image.fromarray(noise),
+        "palette.png": Image.fromarray(noise).convert("P"),
+        "alpha.png": Image.merge("LA", [Image.fromarray(noise), Image.new("L", (32, 32), 255)]),
+        "rgba.png": Image.fromarray(noise).convert("RGBA"),
+        "deep.png": Image.fromarray(noise.astype(np.uint16) * 257),
+    }
+    for name, image in kinds.items():
+        image.save(tmp_path / name)
+        found = folders.read_image(tmp_path / name, 32)
+        assert torch.equal(found, gray), name
+
+
+def test_photographs_are_turned_upright(tmp_path):
+    image = Image.new("RGB", (32, 32))
+    image.paste(RED, (0, 0, 32, 16))  # the upper half
+    exif = image.getexif()
+    exif[0x0112] = 3  # the camera was held upside down
+    image.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    found = folders.read_image(tmp_path / "a.jpg", 32)
+    assert found[0, :14].max() < 50 and found[0, 18:].min() > 200
+
+
+def test_the_middle_square_is_taken(tmp_path):
+    image = Image.new("RGB", (96, 32))
+    image.paste(RED, (32, 0, 64, 32))
+    image.save(tmp_path / "a.png")
+    assert folders.read_image(tmp_path / "a.png", 32)[0].unique().tolist() == [RED[0]]
+
+
+def test_far_too_large_images_are_left_out(tmp_path, monkeypatch):
+    save(tmp_path / "a.png", (100, 100))
+    monkeypatch.setattr(imagenet, "MAX_PIXELS", 9_999)
+    assert folders.read_image(tmp_path / "a.png", 32) is None
+
+
+def test_a_tenth_is_held_out(tmp_path):
+    for name, count in (("many", 40), ("few", 9)):
+        for index in range(count):
+            save(tmp_path / name / f"{index}.png", (8, 8), (index, 0, 0))
+    training, test = folders.load_folder(tmp_path, 32)
+    assert training.names == ["few", "many"]
+    assert training.labels.bincount().tolist() == [9, 36]
+    assert test.labels.tolist() == [1] * 4
+    again, _ = folders.load_folder(tmp_path, 32)
+    assert torch.equal(training.pixels, again.pixels)
+    values = [part.pixels[part.labels == 1][:, 0, 0, 0].tolist() for part in (training, test)]
+    assert sorted(values[0] + values[1]) == list(range(40))
+    assert training.labels.tolist() != sorted(training.labels.tolist())  # in random order
+
+
+def test_workers_read_the_same(tmp_path, monkeypatch):
+    two_classes(tmp_path, 40)
+    for index in range(40):
+        save(tmp_path / "dog" / f"{index}.png", (9, 9), (index, index, index))
+    (tmp_path / "cat" / "7.png").write_text("no image")
+    _, paths, labels = folders.find_images(tmp_path)
+    pixels, found = folders.read_split(paths, labels, 32)
+    monkeypatch.setattr(folders, "CHUNK", 10)  # more than four chunks are for workers
+    again, again_found = folders.read_split(paths, labels, 32)
+    assert len(pixels) == 79
+    assert torch.equal(pixels, again) and torch.equal(found, again_found)
+
+
+# --------------------------------------------------------------------------------------------------
+# The whole chain
+
+
+@pytest.fixture(scope="module")
+def png_digits(digits_dir, tmp_path_factory):
+    """The development digits as a folder of PNG files."""
+    out = tmp_path_factory.mktemp("folder") / "digits"
+    flags = ["--dataset", "double_colored_mnist", "--data-dir", str(digits_dir), "--out", str(out)]
+    digit_folder.main(flags)
+    return out
+
+
+def test_a_folder_holds_what_the_variant_draws(png_digits, digits_dir):
+    training, test = folders.load_folder(png_digits, 32)
+    variant, _ = mnist.load_variant("double_colored_mnist", digits_dir)
+    images = variant.all_images(0)
+    assert len(training) == len(variant) - variant.held_out and len(test) == variant.held_out
+    for split, own in ((training, slice(0, len(training))), (test, slice(len(training), None))):
+        both = []
+        for pixels, labels in ((split.pixels, split.labels), (images[own], variant.labels[own])):
+            rows = torch.cat([labels[:, None].to(torch.uint8), pixels.flatten(1)], 1)
+            both.append(rows.unique(dim=0))
+        assert torch.equal(*both)
+
+
+def test_chain(png_digits, tmp_path):
+    own = ["--data-dir", png_digits, "--device", "cpu"]
+    sized = ["--dataset", "images", *own, "--image-size", 64]
+    training = ["--offline", "--max-steps", 3, "--segmenter-steps", 2, "--warmup", 1]
+    training += ["--batch-size", 8, "--style-every", 2]
+    run("train_cgn.py", *sized, *training, "--out", tmp_path / "cgn")
+    for name in ("weights.pt", "sheet.png", "segmentation.png", "segmenter.json"):
+        assert (tmp_path / "cgn" / name).is_file()
+
+    weights = ["--weights", tmp_path / "cgn" / "weights.pt"]
+    run("generate.py", *weights, "--out", tmp_path / "sheets")
+    assert len(list((tmp_path / "sheets").glob("*.png"))) == 6
+    run("generate.py", *weights, "--n", 20, "--format", "png", "--out", tmp_path / "cf")
+    chunk = runs.load_tensors(tmp_path / "cf" / "chunk_00000.pt")
+    assert chunk["images"].shape == (20, 3, 64, 64)
+    files = sorted((tmp_path / "cf" / "counterfactual").iterdir())
+    assert torch.equal(folders.read_image(files[7], 64), chunk["images"][7])
+    rows = (tmp_path / "cf" / "labels.csv").read_text().splitlines()
+    assert rows[8].split(",")[:4] == [
+        "counterfactual/0000007.png",
+        *map(str, chunk["labels"][7].tolist()),
+    ]
+
+    classifier = [*sized, "--offline", "--train", "both", "--counterfactual", tmp_path / "cf"]
+    classifier += ["--test", f"decorrelated={png_digits / 'decorrelated'}"]
+    classifier += ["--epochs", 1, "--epoch-steps", 2, "--batch-size", 8]
+    for arch in ("digits", "mobilenet_v3_small"):
+        out = tmp_path / arch
+        run("train_classifier.py", *classifier, "--arch", arch, "--out", out)
+        results = (out / "results.json").read_text()
+        assert '"biased"' in results and '"decorrelated"' in results
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("train_classifier.py --train decorrelated", "only of the MNIST variants"),
+        ("train_classifier.py --arch resnet1", "not a classifier of torchvision"),
+        ("train_classifier.py --arch vit_b_16", "does not take images of 32 x 32 pixels"),
+        ("train_classifier.py --explain 3", "--explain: only on the MNIST variants and ImageNet"),
+        ("train_cgn.py --image-size 48", "argument --image-size: invalid choice: 48"),
+        ("train_cgn.py --offline --batch-size 9999", "larger than the 540 training images"),
+        ("train_cgn.py --offline --weights BUNDLED", "not those of the training images"),
+        ("generate.py --weights BUNDLED", "was trained on colored_mnist"),
+    ],
+)
+def test_bad_flags(flags, message, tmp_path):
+    root = tmp_path / "images"
+    two_classes(root, 300)
+    script, *flags = flags.replace("BUNDLED", str(BUNDLED)).split()
+    own = [] if script == "generate.py" else ["--data-dir", root]
+    own += ["--dataset", "images", "--device", "cpu", "--out", tmp_path / "out"]
+    done = run(script, *own, *flags, expect=2)
+    assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_generator_of_other_classes_is_refused(png_digits, tmp_path):
+    """A folder whose classes changed since the training, for --shapes real and for --resume."""
+    root = tmp_path / "images"
+    two_classes(root, 20)
+    flags = ["--dataset", "images", "--data-dir", root, "--device", "cpu", "--offline"]
+    flags += ["--batch-size", 4, "--max-steps", 1, "--segmenter-steps", 1]
+    run("train_cgn.py", *flags, "--out", tmp_path / "cgn")
+    save(root / "cow" / "a.png")
+    done = run("train_cgn.py", *flags, "--out", tmp_path / "cgn", "--resume", expect=2)
+    assert "made with class_counts = {'cat': 18, 'dog': 18}" in done.stderr
+    weights = ["--weights", tmp_path / "cgn" / "weights.pt", "--shapes", "real"]
+    done = run("generate.py", *weights, "--data-dir", root, "--out", tmp_path / "cf", expect=2)
+    assert "its classes are not the generator's" in done.stderr

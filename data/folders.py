@@ -127,8 +127,7 @@ def read_test(folder, names, size, device):
 
 
 def is_in_tenth(labels):
-    """Which are among the first tenth of their class, bool (n,); none in a class of fewer than ten.
-    """
+    """Which are among the first tenth of their class, bool (n,); none in a class of fewer than ten."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         of_class = (labels == label).nonzero()[:, 0]

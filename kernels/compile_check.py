@@ -151,6 +151,13 @@ def all_launches(every_config):
     return list(launches.values())
 
 
+def typical_launches(launches):
+    """Those in bfloat16, and those of kernels that never see it."""
+    in_bf16 = [launch for launch in launches if "bf16" in str(launch.signature)]
+    kernels = {launch.kernel for launch in in_bf16}
+    return in_bf16 + [launch for launch in launches if launch.kernel not in kernels]
+
+
 # --------------------------------------------------------------------------------------------------
 # Compiling them
 
@@ -190,7 +197,8 @@ def parse_args():
     parser.add_argument(
         "--all",
         action="store_true",
-        help="compile every configuration that tuning may choose, not the default one alone",
+        help="compile every configuration that tuning may choose, not the default one alone, and "
+        "every type for every generation, not bf16 alone for sm_80 and sm_100",
     )
     return parser.parse_args()
 
@@ -200,11 +208,13 @@ def main():
     launches = all_launches(every_config=args.all)
     print(f"triton {triton.__version__}; registers, spilled bytes and shared memory in KiB")
     failed = False
+    typical = typical_launches(launches)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = []
         for launch in launches:
             for sm in SHARED_MEMORY:
-                jobs.append((launch, sm, pool.submit(compile_launch, launch, sm)))
+                if args.all or sm == 90 or launch in typical:
+                    jobs.append((launch, sm, pool.submit(compile_launch, launch, sm)))
         for launch, sm, job in jobs:
             registers, spilled, shared = job.result()
             bad = spilled > 0 or shared > SHARED_MEMORY[sm]

@@ -189,18 +189,20 @@ def find_objects(segmenter, images, needed, device):
     images: uint8 (n, 3, S, S). Returns masks, uint8 (m, 1, S, S), and which may be an object, bool
     (m,).
     """
-    masks = torch.empty(0, 1, *images.shape[2:], dtype=torch.uint8, device=device)
+    masks, good = [], []
+    seen = 0
+    left_out = 0
     for part in images.split(5000):
-        masks = torch.cat([masks, train_cgn.find_masks(segmenter, part.to(device))])
-        good = is_object(masks)
-        left_out = int((~good).sum())
+        masks.append(train_cgn.find_masks(segmenter, part.to(device)))
+        good.append(is_object(masks[-1]))
+        seen += len(part)
+        left_out += int((~good[-1]).sum())
         print(
-            f"{len(masks)} of {len(images)} real images, {left_out} left out: no object found",
-            flush=True,
+            f"{seen} of {len(images)} real images, {left_out} left out: no object found", flush=True
         )
-        if len(masks) - left_out >= needed:
+        if seen - left_out >= needed:
             break
-    return masks, good
+    return torch.cat(masks), torch.cat(good)
 
 
 def is_object(masks):

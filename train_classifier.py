@@ -922,6 +922,7 @@ def count_hits(model, heads, kind, test, hits, args, device):
     images = imagenet.Images(paths, labels, transform)
     share = range(rank, len(images), world_size)
     batch_size = args.batch_size // world_size
+    classes = imagenet.class_indices(args.classes) if args.classes else None
     sums = 0
     count = 0
     for pixels, truth in imagenet.batches(images, share, batch_size, args.workers, device):
@@ -929,8 +930,8 @@ def count_hits(model, heads, kind, test, hits, args, device):
             logits = model(imagenet.normalized(pixels, *statistics)).float()
         if logits.ndim == 2:
             logits = logits[:, None]
-        if args.classes:
-            logits = only_classes(logits, imagenet.class_indices(args.classes))
+        if classes:
+            logits = only_classes(logits, classes)
         sums = sums + hits(logits, truth)
         count += len(pixels)
     if not count:  # a rank without images: zeros of the right shape

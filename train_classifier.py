@@ -17,6 +17,7 @@ settings, there is `biased`: the last 5,000 training images. ImageNet, an ensemb
 """
 
 import argparse
+import copy
 import functools
 import math
 from pathlib import Path
@@ -186,12 +187,12 @@ def make_classifier(args, data):
         classifier = MnistClassifier(classes, size)
     else:
         classifier = TorchvisionClassifier(args.arch, classes)
-        try:
-            classifier.eval()(torch.zeros(2, 3, size, size))
-        except (RuntimeError, AssertionError) as error:
+        try:  # a copy, in training: there some return a tuple
+            copy.deepcopy(classifier).train()(torch.zeros(2, 3, size, size))
+        except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
             raise runs.UserError(
-                f"--arch {args.arch}: does not take images of {size} x {size} pixels "
-                f"({runs.first_line(error)})"
+                f"--arch {args.arch}: does not take images of {size} x {size} pixels, or does not "
+                f"return logits alone ({runs.first_line(error)})"
             ) from None
     if args.weights:
         load_classifier(classifier, args.weights)

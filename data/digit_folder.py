@@ -32,7 +32,9 @@ def write_split(folder, images, labels, size):
 def parse_args(argv=None):
     """The program's arguments."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--dataset", choices=list(mnist.VARIANTS), required=True)
+    parser.add_argument(
+        "--dataset", choices=list(mnist.VARIANTS), required=True, help="the variant to write"
+    )
     parser.add_argument(
         "--data-dir", type=Path, default=runs.DOWNLOADS, help="folder with files of MNIST's format"
     )

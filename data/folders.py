@@ -7,6 +7,7 @@ Images may be JPEG, PNG or WebP, of any size, gray, with a palette, transparent 
 Whatever is wrong with a folder is a UserError that names it.
 """
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -22,18 +23,19 @@ MAX_WORKERS = 16
 
 
 class ImageFolder:
-    """One split, on a device, in random order. It is drawn from as a MnistVariant is.
+    """One split, read from its files onto a device. It is drawn from as a MnistVariant is.
 
-    pixels: uint8 (n, 3, S, S). labels: int64 (n,). names: of the classes. order: which of the
-    images, int64 (m,).
+    paths: the files. labels: int64 (n,). names: of the classes. size: S of pixels, uint8
+    (n, 3, S, S). Damaged files are named and left out.
     """
 
     held_out = 0  # the test split is another folder, or was held out already
 
-    def __init__(self, pixels, labels, names, order, device):
-        self.size = pixels.shape[-1]
-        self.pixels = pixels[order].to(device)
-        self.labels = labels[order].to(device)
+    def __init__(self, paths, labels, names, size, device):
+        pixels, labels = read_split(paths, labels, size)
+        self.size = size
+        self.pixels = pixels.to(device)
+        self.labels = labels.to(device)
         self.names = names
 
     def __len__(self):
@@ -59,19 +61,22 @@ def load_folder(folder, size, device="cpu"):
     top = top if top.is_dir() else folder
     names, paths, labels = find_images(top)
     check_classes(top, names, labels)
-    pixels, labels = read_split(paths, labels, size)
-    check_classes(top, names, labels)
-    order = torch.randperm(len(labels), generator=runs.seeded_generator(0, "folder", 0))
+    # In random order from the start: the images are not moved in memory again.
+    order = torch.randperm(len(paths), generator=runs.seeded_generator(0, "folder", 0))
+    paths = [paths[index] for index in order.tolist()]
+    labels = labels[order]
     if top != folder and (folder / "test").is_dir():
         test = read_test(folder / "test", names, size, device)
         told = f"{len(test)} test images in test/"
     else:
         # Always the same tenth, so that training, generation and classification agree.
-        held_out = is_in_tenth(labels[order])
-        test = ImageFolder(pixels, labels, names, order[held_out], device)
-        order = order[~held_out]
+        held_out = is_in_tenth(labels)
+        test = ImageFolder(select(paths, held_out), labels[held_out], names, size, device)
+        paths = select(paths, ~held_out)
+        labels = labels[~held_out]
         told = f"{len(test)} held out as test images, because there is no test/ beside a train/"
-    training = ImageFolder(pixels, labels, names, order, device)
+    training = ImageFolder(paths, labels, names, size, device)
+    check_classes(top, names, training.labels)
     print_manifest(top, training, told)
     return training, test
 
@@ -122,8 +127,7 @@ def read_test(folder, names, size, device):
         if name not in names:
             raise runs.UserError(f"{Path(folder) / name}: the training images have no such class")
     classes = torch.tensor([names.index(name) for name in found])
-    pixels, labels = read_split(paths, classes[labels], size)
-    return ImageFolder(pixels, labels, names, torch.arange(len(labels)), device)
+    return ImageFolder(paths, classes[labels], names, size, device)
 
 
 def is_in_tenth(labels):
@@ -133,6 +137,11 @@ def is_in_tenth(labels):
         of_class = (labels == label).nonzero()[:, 0]
         chosen[of_class[: len(of_class) // 10]] = True
     return chosen
+
+
+def select(paths, chosen):
+    """The paths where `chosen`, bool (n,), holds."""
+    return list(itertools.compress(paths, chosen.tolist()))
 
 
 def print_manifest(folder, training, told):

@@ -187,7 +187,7 @@ def damaged_class(root):
 
 
 def much_damaged(root):
-    for index in range(21):
+    for index in range(30):
         (root / "cat" / f"broken{index}.png").write_text("no image")
     return "more than 20 damaged images"
 

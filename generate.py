@@ -110,10 +110,11 @@ class Settings(NamedTuple):
     seed: int
     per_shape: int  # texture and background pairs for each mask
     jitter: float  # standard deviation of the shift of a texture's color, colors from 0 to 1
-    mix: float  # standard deviation of the channels' mixing
     factual: bool  # one latent and one class for all three mechanisms
     weights_sha256: str
-    images_sha256: str  # of the real images whose shapes are used; empty for generated shapes
+    # Older chunks do not tell what follows.
+    mix: float = 0.0  # standard deviation of the channels' mixing
+    images_sha256: str = ""  # of the real images whose shapes are used; empty for generated shapes
 
 
 class RealShapes(NamedTuple):
@@ -276,7 +277,7 @@ def generate_dataset(cgn, args, settings, description, device, real=None):
                 f"\n{args.out}: stopped after {start} of {args.n} images; resume with the same "
                 "command and --resume"
             )
-            return
+            raise stop_signal.stopped()
         images, labels = [], []
         for first in range(start, stop, args.batch_size):
             last = min(first + args.batch_size, stop)
@@ -322,14 +323,19 @@ def write_png_labels(out, names, chunks):
 
 
 def is_there(path, settings):
-    """Whether an intact chunk with these settings is there. UserError if it has other settings."""
+    """Whether an intact chunk with these settings is there. One that ends the set too early for
+    --n is made again, longer. UserError for a chunk with other settings.
+    """
     if not path.is_file():
         return False
     try:
         content = runs.load_tensors(path) if runs.is_intact_archive(path) else None
-        before = content["settings"]
+        before = Settings._field_defaults | content["settings"]
+        is_shorter = before["stop"] < settings["stop"]
     except (runs.UserError, KeyError, TypeError):
         print(f"warning: {path} is damaged; made again", file=sys.stderr)
+        return False
+    if is_shorter and before | {"stop": settings["stop"]} == settings:
         return False
     if before != settings:
         raise runs.UserError(
@@ -865,6 +871,8 @@ def write_pictures(cgn, args, allowed, photos, device):
         complete = write_labels(args, z_dim, allowed, photos)  # in order, whichever rank was first
         left_out = write_left_out(args) if photos else []
         print_summary(args, complete, left_out, stop)
+    if stop:
+        raise stop.stopped()
 
 
 def print_summary(args, complete, left_out, stopped):

@@ -905,11 +905,10 @@ def train_mnist(args, device):
         update_average(average, cgn, min(args.ema, (step + 1) / (step + 10)))
 
         # Log, sheet, checkpoint, stop
-        if training.end_step(metrics, skipped):
-            return
+        training.end_step(metrics, skipped)
     print(f"{args.out / 'sheet.png'} shows the mechanisms")
-    if args.segmenter_steps and train_segmenter(args, training, data, bf16, device):
-        return
+    if args.segmenter_steps:
+        train_segmenter(args, training, data, bf16, device)
     print(f"next: python generate.py --weights {args.out / 'weights.pt'}")
 
 
@@ -947,8 +946,8 @@ def find_masks(segmenter, images):
 def train_segmenter(args, trained, data, bf16, device):
     """Train the segmenter, add it to weights.pt, and draw segmentation.png.
 
-    trained: the generator's Training. Returns whether it was stopped. Its checkpoint and log lie in
-    the folder segmenter/.
+    trained: the generator's Training. The segmenter's checkpoint and log lie in the folder
+    segmenter/.
     """
     out = args.out / "segmenter"
     out.mkdir(exist_ok=True)
@@ -983,13 +982,11 @@ def train_segmenter(args, trained, data, bf16, device):
         loss.backward()
         skipped = checkpoints.finite_step(optimizer, loss)
         checkpoints.mend_statistics(segmenter)
-        if training.end_step({"segmenter": loss}, skipped):
-            return True
+        training.end_step({"segmenter": loss}, skipped)
 
     content = trained.content() | {"segmenter": segmenter.state_dict()}
     trained.save_weights("weights.pt", content)
     measure_segmenter(args, segmenter.eval(), cgn, data)
-    return False
 
 
 def measure_segmenter(args, segmenter, cgn, data):
@@ -1685,8 +1682,7 @@ def train_imagenet(args, device):
         update_average(average, cgn, min(args.ema, (step + 1) / (step + 10)))
 
         # Log, sheet, checkpoint, stop
-        if training.end_step(metrics, skipped):
-            return
+        training.end_step(metrics, skipped)
     if rank == 0:
         print(
             f"{args.out / 'sheet.png'} shows the mechanisms; next: python generate.py --dataset "

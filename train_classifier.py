@@ -467,7 +467,7 @@ def upgrade_checkpoint(content, steps_per_epoch):
 
 
 def train_digits(args, seed, out, data, device, stop):
-    """Train one classifier from its own seed. Returns its metrics; None if it was stopped."""
+    """Train one classifier from its own seed. Returns its metrics."""
     torch.manual_seed(seed)
     bf16 = runs.pick_bf16(args.amp, device)
     classifier = make_classifier(args, data)
@@ -542,8 +542,7 @@ def train_digits(args, seed, out, data, device, stop):
             loss = loss.detach()
             seen = torch.stack([loss * len(y), correct.float(), torch.full_like(loss, len(y))])
             extra["sums"] = torch.where(skipped > 0, extra["sums"], extra["sums"] + seen)
-            if training.end_step({"loss": loss}, skipped):
-                return None
+            training.end_step({"loss": loss}, skipped)
 
         # Test
         mean_loss, train_accuracy = (extra["sums"][:2] / extra["sums"][2]).tolist()
@@ -624,8 +623,6 @@ def classify_digits(args, device):
                 metrics = evaluate_digits(args, out, data, device)
             else:
                 metrics = train_digits(args, seed, out, data, device, stop)
-            if metrics is None:
-                return
             results[seed] = metrics
         summarize(args, results)
 
@@ -914,8 +911,8 @@ def count_hits(model, heads, kind, test, hits, args, device):
     rank, world_size = runs.rank_and_world_size()
     bf16 = runs.pick_bf16(args.amp, device)
     paths, labels = test
-    # ImageNet-9 and Cue-Conflict come ready cropped.
-    cropped = kind in ("conflict", "in9")
+    # ImageNet-9 and Cue-Conflict come ready cropped, as do the images of ImageNet-C.
+    cropped = kind in ("conflict", "in9") or imagenet.come_cropped(paths)
     transform = imagenet.make_transform(False, args.image_size, margin=not cropped)
     statistics = (imagenet.MEAN, imagenet.STD)
     if kind == "in9" and args.in9_normalization == "in9":
@@ -958,7 +955,7 @@ def evaluate(model, names, tests, args, device):
         elif kind == "in9":
             score = imagenet9_hits
         else:
-            present = images[1].unique().to(device) if kind == "ood" else None
+            present = None if kind == "val" else images[1].unique().to(device)
             score = functools.partial(top_hits, present=present)
         hits, count = count_hits(model, min(len(names), 3), kind, images, score, args, device)
         for name, head_hits in zip(names, hits):
@@ -983,9 +980,35 @@ def rows_of_head(test, name, kind, hits, count):
     if kind == "counterfactual":
         return factor_rows(test, name, hits, count)
     rows = [(test, name, "top-1", percent(first, count), first, count)]
-    if kind in ("val", "ood"):
+    if kind in ("val", "ood", "corruption"):
         rows.append((test, name, "top-5", percent(hits[1], count), hits[1], count))
     return rows
+
+
+def corruption_rows(rows, tests):
+    """Rows of each head's mean over all corruptions of a set such as ImageNet-C and, if there is a
+    baseline, of its mean corruption error: of errors summed over severities, as a share of the
+    baseline's, the mean over corruptions (Hendrycks & Dietterich 2019, section 3.4).
+    """
+    errors = {}  # set, head -> corruption -> errors in percent, one for each severity
+    for test, head, measure, share, _, _ in rows:
+        if tests.get(test, [""])[0] == "corruption" and measure == "top-1":
+            name, corruption, _ = test.rsplit("/", 2)
+            of_head = errors.setdefault((name, head), {})
+            of_head.setdefault(corruption, []).append(100 - share)
+    added = []
+    for (name, head), of_head in errors.items():
+        every = sum(of_head.values(), [])
+        added.append((name, head, "mean top-1", 100 - sum(every) / len(every), None, None))
+        baseline = errors.get((name, "baseline"))
+        if baseline and head != "baseline":
+            shares = [
+                sum(of_head[corruption]) / max(sum(baseline[corruption]), 1e-9)
+                for corruption in of_head
+            ]
+            error = 100 * sum(shares) / len(shares)
+            added.append((name, head, "mean corruption error", error, None, None))
+    return added
 
 
 def factor_rows(test, name, hits, count):
@@ -1037,7 +1060,8 @@ def load_tests(args, counterfactual):
     """
     tests = {}
     if args.data_dir:
-        tests["val"] = "val", of_classes(args, *imagenet.validation_images(args.data_dir))
+        root = imagenet.imagenet_root(args.data_dir)
+        tests["val"] = "val", of_classes(args, *imagenet.validation_images(root))
     if len(counterfactual[0]):
         tests["counterfactual"] = "counterfactual", counterfactual
     if args.cue_conflict:
@@ -1046,6 +1070,13 @@ def load_tests(args, counterfactual):
         for name, images in imagenet.imagenet9_images(args.imagenet9).items():
             tests[f"in9 {name}"] = "in9", images
     for name, path in args.ood:
+        corruptions = imagenet.corruption_folders(path)
+        for (corruption, severity), folder in corruptions.items():
+            images = of_classes(args, *imagenet.wnid_images(folder))
+            tests[f"{name}/{corruption}/{severity}"] = "corruption", images
+        if corruptions:
+            print(f"{name}: {len(corruptions)} corruptions and severities")
+            continue
         paths, labels = of_classes(args, *imagenet.wnid_images(path))
         tests[name] = "ood", (paths, labels)
         classes = len(labels.unique())
@@ -1088,7 +1119,7 @@ def epoch_batches(args, real, counterfactual, epoch, steps, first, device):
         kinds.append((counterfactual, round(args.cf_ratio * args.batch_size), args.seed + 1))
     loaders = []
     for (paths, labels), batch_size, seed in kinds:
-        images = imagenet.Images(paths, labels, transform, seed, epoch)
+        images = imagenet.Images(paths, labels, transform, seed, epoch, replace=True)
         order = batch_order(len(paths), steps, batch_size, seed, epoch)
         share = batch_size // world_size
         order = order[first * share :]
@@ -1101,7 +1132,8 @@ def epoch_batches(args, real, counterfactual, epoch, steps, first, device):
 
 
 def train_ensemble(args, ensemble, tests, real, counterfactual, device):
-    """Train in epochs, each with its evaluation. Returns its rows; None if the run was stopped.
+    """Train in epochs, each with its evaluation. Returns the rows of the last one; None if all were
+    done before.
 
     real, counterfactual: paths and labels; counterfactual may be None.
     """
@@ -1167,8 +1199,7 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
             total = extra["loss_sum"]
             extra["loss_sum"] = torch.where(skipped > 0, total, total + loss.detach())
             rate = optimizer.param_groups[0]["lr"]
-            if training.end_step({"loss": loss, "lr": rate}, skipped):
-                return None
+            training.end_step({"loss": loss, "lr": rate}, skipped)
 
         # Test
         # Fewer were made if a batch held nothing but damaged images.
@@ -1250,7 +1281,8 @@ def classify_imagenet(args, device):
     held_out, counterfactual = split_counterfactuals(args)
     tests = load_tests(args, held_out)
     if not args.evaluate:
-        real = of_classes(args, *imagenet.wnid_images(args.data_dir / "train"))
+        root = imagenet.imagenet_root(args.data_dir)
+        real = of_classes(args, *imagenet.wnid_images(root / "train"))
         if len(real[0]) < args.batch_size:
             raise runs.UserError(
                 f"--batch-size {args.batch_size}: larger than the {len(real[0])} training images"
@@ -1275,6 +1307,7 @@ def classify_imagenet(args, device):
                 return
         if args.baseline:
             rows += evaluate(baseline, ["baseline"], tests, args, device)
+        rows += corruption_rows(rows, tests)
         if runs.is_main_rank():
             write_table(args.out, rows)
             write_chart(args.out / "factors.png", rows)

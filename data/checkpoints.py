@@ -37,8 +37,7 @@ class Training:
         training = Training(out, args, networks, optimizers, last_step, device)
         for step in range(training.step, last_step):
             ...
-            if training.end_step(losses, skipped):
-                return
+            training.end_step(losses, skipped)
 
     networks: name -> module, restored from the newest checkpoint if the run is resumed.
     written: the names of those that go into weights.pt.
@@ -94,7 +93,7 @@ class Training:
             self.log = runs.Log(self.out / "log.jsonl", self.step, epoch)
 
     def end_step(self, losses, skipped):
-        """Do what is due after a step. Returns whether the run is to stop here.
+        """Do what is due after a step. Raises runs.Stopped if the run is to stop here.
 
         losses: name -> number or tensor (). skipped: tensor (), above 0 if a step was left out, see
         `finite_step`. Both stay on the device until a line of the log or a file is due: a GPU is
@@ -120,9 +119,12 @@ class Training:
             self.save_sheet(self.out / "samples" / f"{self.step:07d}.png")
         if save_due:
             self.save()
-        if stopping and not finished and runs.is_main_rank():
-            print(f"\nstopped after step {self.step}; resume with the same command and --resume")
-        return stopping and not finished
+        if stopping and not finished:
+            if self.log:
+                print(
+                    f"\nstopped after step {self.step}; resume with the same command and --resume"
+                )
+            raise self.stop.stopped()
 
     def check_steps(self):
         """Read which steps were skipped. They are told, and kept out of the means. UserError after
@@ -274,8 +276,14 @@ def restore(path, content, args, networks, optimizers):
 
 
 def check_settings(path, before, args, free=FREE):
-    """UserError if arguments that are not in `free` differ from those that made `path`."""
+    """UserError if arguments that are not in `free` differ from those that made `path`.
+
+    Flags that are younger than the file do not count, nor do folders of textures, which may have
+    moved.
+    """
     for name, value in runs.to_jsonable(args).items():
+        if name == "textures" and {value, before.get(name)}.isdisjoint({None, "dtd"}):
+            continue
         if name not in free and name in before and before[name] != value:
             raise runs.UserError(
                 f"--resume {path}: made with {name} = {before[name]}, not {value}; give the same "

@@ -85,20 +85,13 @@ def load_folder(folder, size, device="cpu"):
 # Finding
 
 
-def is_data(path):
-    """Whether a file or folder may be data: not hidden, as .DS_Store and its like are."""
-    return not path.name.startswith((".", "__"))
-
-
 def find_images(folder):
     """The names of the classes in `folder`, all their files, and the files' classes, (n,)."""
     classes = imagenet.subfolders(folder, "a folder for each class")
-    classes = [path for path in classes if is_data(path)]
     paths = []
     labels = []
     for label, path in enumerate(classes):
-        files = [file for file in path.rglob("*") if file.suffix.lower() in imagenet.ENDINGS]
-        files = sorted(file for file in files if is_data(file))
+        files = files_within(path)
         if not files:
             endings = ", ".join(sorted(imagenet.ENDINGS))
             raise runs.UserError(
@@ -107,6 +100,15 @@ def find_images(folder):
         paths += files
         labels += [label] * len(files)
     return [path.name for path in classes], paths, torch.tensor(labels)
+
+
+def files_within(folder):
+    """The images in a folder and in the folders within it, sorted in each."""
+    files = imagenet.image_files(folder)
+    for path in runs.entries(folder):
+        if path.is_dir() and not path.is_symlink():  # a link may lead back up
+            files += files_within(path)
+    return files
 
 
 def check_classes(folder, names, labels):
@@ -131,7 +133,7 @@ def read_test(folder, names, size, device):
 
 
 def is_in_tenth(labels):
-    """Which are among the first tenth of their class, bool (n,); none in a class of fewer than ten."""
+    """Which are among the first tenth of their class, bool (n,); none of fewer than ten."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
     for label in labels.unique():
         of_class = (labels == label).nonzero()[:, 0]
@@ -179,23 +181,16 @@ class Chunks(torch.utils.data.Dataset):
         pixels = torch.zeros(len(paths), 3, self.size, self.size, dtype=torch.uint8)
         intact = torch.zeros(len(paths), dtype=torch.bool)
         for i, path in enumerate(paths):
-            image = read_image(path, self.size)
+            image = read_square(path, self.size)
             if image is not None:
                 pixels[i] = image
                 intact[i] = True
         return pixels, intact
 
 
-def read_image(path, size):
+def read_square(path, size):
     """An image file as uint8 (3, size, size). None if it is damaged or far too large."""
-    try:
-        data = bytearray(path.read_bytes())
-    except OSError:
-        return None
-    data = torch.frombuffer(data or bytearray(1), dtype=torch.uint8)  # an empty one is damaged
-    if imagenet.declared_pixels(data) > imagenet.MAX_PIXELS:
-        return None
-    image = imagenet.decode(data, upright=True)
+    image = imagenet.read_image(path, upright=True)
     if image is None or image.shape[1:] == (size, size):
         return image
     image = functional.center_crop(image, [min(image.shape[1:])])

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import torchvision
 from PIL import Image
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from data import runs
@@ -105,7 +105,7 @@ def class_indices(texts):
 
 def image_files(folder):
     """The images in a folder, sorted."""
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in ENDINGS)
+    return [path for path in runs.entries(folder) if path.suffix.lower() in ENDINGS]
 
 
 def subfolders(folder, content):
@@ -115,7 +115,7 @@ def subfolders(folder, content):
     """
     if not folder.is_dir():
         raise runs.UserError(f"{folder}: no such folder; it should hold {content}")
-    found = sorted(path for path in folder.iterdir() if path.is_dir())
+    found = [path for path in runs.entries(folder) if path.is_dir()]
     if not found:
         raise runs.UserError(f"{folder}: holds no folders; it should hold {content}")
     return found
@@ -143,16 +143,22 @@ def labeled_images(folders, classes):
 
 
 def wnid_images(folder):
-    """Images in folders by WNID, or by 0 to 999 as in ImageNet-V2; of all 1000 classes or of some.
+    """Images in folders by WNID, of all classes or of some, or by 0 to 999 as in ImageNet-V2.
 
     labels: (n,).
     """
-    index_of = {}
-    for index, wnid in enumerate(imagenet_metadata()["wnids"]):
-        index_of[wnid] = index
-        index_of[str(index)] = index
     folders = subfolders(Path(folder), "a folder for each class, named by WNID")
+    index_of = {wnid: index for index, wnid in enumerate(imagenet_metadata()["wnids"])}
+    numbers = {str(index): index for index in range(1000)}
+    if numbers.keys() == {path.name for path in folders}:
+        index_of = numbers
     for path in folders:
+        if path.name.isdecimal() and path.name not in index_of:
+            raise runs.UserError(
+                f"{path}: numbers name classes only if there are all of 0 to 999, as in "
+                "ImageNet-V2; the development kit counts in another order, from 1: name folders "
+                "by WNID"
+            )
         if path.name not in index_of:
             raise runs.UserError(
                 f"{path}: not the WNID of one of ImageNet's 1000 classes, such as n01440764"
@@ -167,11 +173,11 @@ def photograph_images(folder, classes=None):
     labels: (n,).
     """
     folder = Path(folder)
-    content = "class folders named by WNID or 0 to 999, or else images of one class"
+    content = "class folders named by WNID, or else images of one class"
     if not folder.is_dir():
         raise runs.UserError(f"--images {folder}: no such folder; it should hold {content}")
     flat = image_files(folder)
-    has_folders = any(path.is_dir() for path in folder.iterdir())
+    has_folders = any(path.is_dir() for path in runs.entries(folder))
     if has_folders == bool(flat):
         problem = "both images and folders" if flat else "neither images nor folders"
         raise runs.UserError(f"--images {folder}: holds {problem}; it should hold {content}")
@@ -191,8 +197,19 @@ def photograph_images(folder, classes=None):
     return paths, labels
 
 
+KAGGLE = Path("ILSVRC", "Data", "CLS-LOC")  # where Kaggle's archive has train/ and val/
+SOLUTION = "LOC_val_solution.csv"  # beside ILSVRC
+
+
+def imagenet_root(folder):
+    """The folder with train/ and val/: this one, or a folder within it, as Kaggle unpacks it."""
+    folder = Path(folder)
+    return folder / KAGGLE if (folder / KAGGLE).is_dir() else folder
+
+
 def validation_images(root):
-    """ImageNet's val: in folders by WNID, or flat beside the meta.bin of torchvision's ImageNet.
+    """ImageNet's val: in folders by WNID; or flat, with Kaggle's table of solutions or the meta.bin
+    of torchvision's ImageNet, which is told.
 
     labels: (n,).
     """
@@ -200,19 +217,55 @@ def validation_images(root):
     flat = image_files(folder) if folder.is_dir() else []
     if not flat:
         return wnid_images(folder)
+    solution = Path(root).joinpath(*[".."] * len(KAGGLE.parts), SOLUTION)
     meta = Path(root) / "meta.bin"
-    if not meta.is_file():
+    if solution.is_file():
+        source = solution
+        wnid_of = read_solution(solution)
+        wnids = [wnid_of.get(path.stem) for path in flat]
+    elif meta.is_file():
+        source = meta
+        wnids = runs.load_tensors(meta)[1]
+    else:
         raise runs.UserError(
-            f"{folder}: images without folders need {meta}, which torchvision.datasets.ImageNet "
-            "makes of the development kit; or sort them into folders by WNID"
-        )
-    wnids = runs.load_tensors(meta)[1]
-    if len(wnids) != len(flat):
-        raise runs.UserError(
-            f"{folder}: {len(flat)} images, {meta} tells the classes of {len(wnids)}"
+            f"{folder}: images without folders need Kaggle's {SOLUTION}, beside ILSVRC, or "
+            f"{meta}, which torchvision.datasets.ImageNet makes of the development kit; or sort "
+            "them into folders by WNID"
         )
     index_of = {wnid: index for index, wnid in enumerate(imagenet_metadata()["wnids"])}
+    if len(wnids) != len(flat) or not set(wnids) <= index_of.keys():
+        raise runs.UserError(f"{source}: does not tell the classes of the images in {folder}")
+    if runs.is_main_rank():
+        print(f"{folder}: {len(flat)} images, their classes from {source.resolve()}")
     return flat, torch.tensor([index_of[wnid] for wnid in wnids])
+
+
+def read_solution(path):
+    """Kaggle's table of the validation images: their names without ending -> WNID."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = csv.DictReader(file)
+            return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
+    except (OSError, ValueError, KeyError, AttributeError, IndexError) as error:
+        raise runs.UserError(f"{path}: not Kaggle's table of solutions ({error!r})") from None
+
+
+def corruption_folders(folder):
+    """The folders of ImageNet-C (Hendrycks & Dietterich 2019), with a folder for each class in
+    them: (corruption, severity) -> path. {} if the folder is not laid out so.
+    """
+    folder = Path(folder)
+    # Its archives are noise, blur and so on, with several corruptions each.
+    levels = [*folder.glob("*/[1-5]"), *folder.glob("*/*/[1-5]")]
+    return {(path.parent.name, path.name): path for path in sorted(levels) if path.is_dir()}
+
+
+def come_cropped(paths):
+    """Whether images are ready to be seen whole: the first of them are all of 224 x 224 pixels."""
+    try:
+        return all(Image.open(path).size == (224, 224) for path in paths[:10])
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def cue_conflict_images(folder):
@@ -249,6 +302,8 @@ def imagenet9_images(folder):
         if not (sub / "val").is_dir():
             continue
         folders = subfolders(sub / "val", "ImageNet-9's nine classes")
+        if not any(image_files(path) for path in folders):
+            continue  # such as fg_mask, whose masks are arrays
         for path in folders:
             if not re.match(r"0[0-8]_", path.name):
                 raise runs.UserError(f"{path}: not a class of ImageNet-9, such as 00_dog")
@@ -284,7 +339,9 @@ def read_label_table(folder):
     """The rows of a folder's labels.csv: (file, [class of shape, of texture, of background])."""
     rows = []
     try:
-        with open(folder / "labels.csv", newline="", encoding="utf-8-sig") as file:
+        with open(
+            folder / "labels.csv", newline="", encoding="utf-8-sig", errors="surrogateescape"
+        ) as file:
             for row in csv.DictReader(file):
                 rows.append((row["file"], [int(row[head]) for head in HEADS]))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -386,14 +443,28 @@ def decode(data, upright=False):
     return image if image.ndim == 3 else image[0]  # of an animation, the first
 
 
-class Images(torch.utils.data.Dataset):
-    """The images of a list in one epoch. Item i is (image or, if it is damaged, None; label; i).
+def read_image(path, upright=False):
+    """An image file as uint8 (3, H, W). None if it is damaged, far too large or not there."""
+    try:
+        content = bytearray(Path(path).read_bytes())
+    except OSError:
+        return None
+    data = torch.frombuffer(content or bytearray(1), dtype=torch.uint8)  # an empty one is damaged
+    if declared_pixels(data) > MAX_PIXELS:
+        return None
+    return decode(data, upright)
 
-    Augmentation depends on the seed, the epoch and i alone.
+
+class Images(torch.utils.data.Dataset):
+    """The images of a list in one epoch. Item i is (image; label; indices of damaged images).
+
+    The image is None if it is damaged; with `replace`, the next intact one takes its place, so that
+    all ranks have batches of one size. Augmentation depends on the seed, the epoch and i alone.
     """
 
-    def __init__(self, paths, labels, transform, seed=0, epoch=0):
+    def __init__(self, paths, labels, transform, seed=0, epoch=0, replace=False):
         self.paths = paths
+        self.replace = replace
         self.labels = labels
         self.transform = transform
         self.seed = seed
@@ -403,17 +474,19 @@ class Images(torch.utils.data.Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return self.load(index), self.labels[index], index
+        damaged = []
+        image = self.load(index)
+        while image is None:
+            damaged.append(index)
+            if not self.replace or len(damaged) > MAX_DAMAGED:
+                break
+            index = (index + 1) % len(self)
+            image = self.load(index)
+        return image, self.labels[index], damaged
 
     def load(self, index):
         """The transformed image, uint8 (3, size, size). None if it is damaged or far too large."""
-        try:
-            data = read_file(str(self.paths[index]))
-        except RuntimeError:
-            return None
-        if declared_pixels(data) > MAX_PIXELS:
-            return None
-        image = decode(data)
+        image = read_image(self.paths[index])
         if image is None:
             return None
         with torch.random.fork_rng(devices=[]):
@@ -426,7 +499,7 @@ def collate(items):
     left out.
     """
     intact = [item for item in items if item[0] is not None]
-    damaged = [index for image, _, index in items if image is None]
+    damaged = [index for _, _, indices in items for index in indices]
     if not intact:
         return torch.empty(0), torch.empty(0), damaged
     images = torch.stack([image for image, _, _ in intact])
@@ -435,17 +508,17 @@ def collate(items):
 
 
 def start_worker(number):
-    """Ignore Ctrl-C: it reaches workers, too, which inherit the main process's handlers, but that
-    one alone decides when to stop.
+    """Ignore what stops a run: Ctrl-C and many schedulers signal to all processes at once, but the
+    main one alone decides when to stop, and needs its workers until then.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def batches(images, order, batch_size, num_workers, device):
     """Yields batches of Images in this order: uint8 (n, 3, size, size) and labels, on the device.
 
-    Damaged files are named and left out; UserError if there are more than MAX_DAMAGED.
+    Damaged files are named; UserError if there are more than MAX_DAMAGED.
     """
     loader = torch.utils.data.DataLoader(
         torch.utils.data.Subset(images, order),
@@ -456,13 +529,13 @@ def batches(images, order, batch_size, num_workers, device):
         prefetch_factor=4 if num_workers else None,
         worker_init_fn=start_worker,
     )
-    skipped = 0
+    told = set()
     for pixels, labels, damaged in loader:
         for index in damaged:
-            skipped += 1
-            path = images.paths[index]
-            print(f"warning: {path}: {DAMAGED}", file=sys.stderr)
-        if skipped > MAX_DAMAGED:
+            if index not in told:
+                print(f"warning: {images.paths[index]}: {DAMAGED}", file=sys.stderr)
+            told.add(index)
+        if len(told) > MAX_DAMAGED:
             raise runs.UserError(
                 f"more than {MAX_DAMAGED} damaged images, see above; mend or delete them"
             )

@@ -175,7 +175,7 @@ def load_texture_folder(folder):
             f"--textures: no folder {folder}; it takes a folder with object/ and background/ in it"
         )
     endings = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in endings)
+    files = [file for file in runs.entries(folder) if file.suffix.lower() in endings]
     if len(files) != 10:
         raise runs.UserError(
             f"--textures: {folder} holds {len(files)} images, not one for each of the 10 classes"

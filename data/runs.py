@@ -40,10 +40,26 @@ class UserError(Exception):
     """A mistake that the user can mend. The message says what was wrong, where, and what to do."""
 
 
+class Stopped(Exception):
+    """SIGTERM or Ctrl-C has stopped the run, and everything is saved. number: of the signal."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
 def run_main(main):
-    """Call `main()`. A UserError or full memory ends in one line and exit code 2, Ctrl-C in 130."""
+    """Call `main()`, and set the exit code.
+
+    2, and one line on standard error, for a UserError or a full memory; 128 + the signal's number
+    for a stopped run, so that neither `train && generate` nor a scheduler takes it for a complete
+    one.
+    """
+    protect_output()
     try:
         main()
+    except Stopped as stop:
+        sys.exit(128 + stop.number)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -55,7 +71,52 @@ def run_main(main):
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + signal.SIGINT)
+
+
+class Output:
+    """A stream whose failures end no run: what cannot be written is dropped.
+
+    The program that reads a pipe may have ended, a disk may be full, a terminal may be closed.
+    """
+
+    def __init__(self, stream):
+        self.stream = stream
+        # A name of the user's may have letters that the terminal's encoding lacks.
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+        except OSError:
+            self.drop()
+        return len(text)
+
+    def flush(self):
+        try:
+            self.stream.flush()
+        except OSError:
+            self.drop()
+
+    def drop(self):
+        """Send what is still buffered, and all that follows, to nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())
+        os.close(nowhere)
+
+
+def protect_output():
+    """Let no failure of standard output or standard error end the run."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed when the program was started
+            stream = open(os.devnull, "w")
+        if not isinstance(stream, Output):
+            setattr(sys, name, Output(stream))
 
 
 def is_out_of_memory(error):
@@ -166,7 +227,7 @@ def pick_bf16(amp, device):
     if amp != "auto":
         return amp == "bf16"
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return device.type == "cpu" and supported is not None and supported()
 
@@ -255,7 +316,7 @@ def atomic(path):
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:  # Windows flushes no file that is only read
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -270,6 +331,20 @@ def cannot_write(path, error):
     return UserError(f"cannot write {path}: {reason}; free some space, or choose another --out")
 
 
+def is_hidden(path):
+    """Whether a file or folder is never data: .DS_Store, ._0.png, .ipynb_checkpoints, __MACOSX."""
+    return path.name.startswith((".", "__"))
+
+
+def entries(folder):
+    """What lies in a folder of data, sorted, but for what is hidden. All are listed here."""
+    return sorted(path for path in folder.iterdir() if not is_hidden(path))
+
+
+# How text is read and written: names of files need not be UTF-8, and stay what they are.
+AS_BYTES = {"encoding": "utf-8", "errors": "surrogateescape"}
+
+
 def csv_text(rows):
     """Rows as the text of a CSV file."""
     text = io.StringIO()
@@ -280,13 +355,13 @@ def csv_text(rows):
 def write_csv(path, rows):
     """Write rows as a CSV file, whole or not at all."""
     with atomic(path) as temporary:
-        temporary.write_text(csv_text(rows), encoding="utf-8")
+        temporary.write_text(csv_text(rows), **AS_BYTES)
 
 
 def append_text(path, text):
     """Append lines. A kill may cut the last one."""
     try:
-        with open(path, "a", encoding="utf-8") as file:
+        with open(path, "a", **AS_BYTES) as file:
             file.write(text)
     except OSError as error:
         raise cannot_write(path, error) from None
@@ -320,7 +395,8 @@ def save_tensors(path, value):
 
 
 def load_tensors(path, device="cpu"):
-    """What a file of tensors holds, read with `weights_only=True` and memory-mapped if possible.
+    """What a file of tensors holds, read with `weights_only=True` and memory-mapped if possible:
+    Windows replaces no file that is mapped, and a resumed run replaces its checkpoint.
 
     UserError if the file is missing, damaged, or holds anything that could run code.
     """
@@ -330,9 +406,8 @@ def load_tensors(path, device="cpu"):
     try:
         refuse_compressed(path)
         # Files older than torch 1.6 are not zip archives and cannot be mapped.
-        return torch.load(
-            path, map_location=device, weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
+        mapped = os.name != "nt" and zipfile.is_zipfile(path)
+        return torch.load(path, map_location=device, weights_only=True, mmap=mapped)
     except Exception as error:  # damaged files raise nearly anything
         reason = first_line(error) or type(error).__name__
         raise UserError(
@@ -385,7 +460,10 @@ def claim_folder(out, script, resuming):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out}: cannot make the folder ({error.strerror})") from None
-    lock = lock_file(out / LOCK)
+    try:
+        lock = lock_file(out / LOCK)
+    except OSError as error:
+        raise cannot_write(out / LOCK, error) from None
     if not lock:
         raise UserError(
             f"--out {out}: another process is at work in this folder; wait for it, or choose "
@@ -439,15 +517,13 @@ def describe_run(out, script, args):
     if not is_main_rank():
         return
     script = Path(script)
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    revision = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     device = platform.processor() or "cpu"
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     description = {
         "script": script.name,
         "args": to_jsonable(args),
-        "revision": revision or None,
+        "revision": git_revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -456,6 +532,17 @@ def describe_run(out, script, args):
     write_json(out / "args.json", description)
     with atomic(out / script.name) as temporary:
         temporary.write_bytes(script.read_bytes())
+
+
+def git_revision():
+    """The commit of this code. None without git, or if the code lies in another repository."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        done = subprocess.run(git, capture_output=True, text=True)
+    except OSError:
+        return None
+    top, _, revision = done.stdout.strip().partition("\n")
+    return revision if done.returncode == 0 and Path(top).resolve() == ROOT else None
 
 
 def to_jsonable(args):
@@ -479,19 +566,15 @@ class Log:
         kept = [line for line in lines if is_earlier(line, step, epoch)]
         with atomic(path) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept))
-        self.file = open(path, "a", buffering=1)
+        self.path = path
         self.first_step = step
         self.start_time = time.time()
         self.live = sys.stdout.isatty()
-        self.board = None
-        if importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(path.parent, purge_step=step + 1)
+        self.board = open_board(path.parent, step)
 
     def write(self, step, **values):
         """Append one line of named numbers."""
-        self.file.write(json.dumps({"step": step} | values) + "\n")
+        append_text(self.path, json.dumps({"step": step} | values) + "\n")
         if self.board:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
@@ -512,6 +595,18 @@ class Log:
         print(f"\r\x1b[K{line}", end=end, flush=True)
 
 
+def open_board(folder, step):
+    """TensorBoard's writer for a run that goes on after `step`. None if it is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except Exception as error:  # a folder of that name is found, too
+        print(f"no TensorBoard: it cannot be imported ({first_line(error)})", file=sys.stderr)
+        return None
+    return SummaryWriter(folder, purge_step=step + 1)
+
+
 def is_earlier(line, step, epoch):
     """Whether a line of a log belongs to what was done by this step and epoch."""
     try:
@@ -522,17 +617,26 @@ def is_earlier(line, step, epoch):
 
 
 class StopSignal:
-    """True once SIGTERM or Ctrl-C has come: finish the step, save, leave. A second ends at once."""
+    """True once SIGTERM or Ctrl-C has come, or the terminal was closed: finish the step, save,
+    raise `stopped()`. A second signal ends the run at once.
+    """
 
     def __init__(self):
-        self.received = False
+        self.number = None  # of the signal
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.receive)
+        # A closed terminal, unless nohup has the run go on without one.
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self.receive)
 
     def receive(self, number, frame):
-        if self.received:
+        if self:
             raise KeyboardInterrupt
-        self.received = True
+        self.number = number
 
     def __bool__(self):
-        return self.received
+        return self.number is not None
+
+    def stopped(self):
+        """The exception to raise once all is saved. Another rank may have had the signal."""
+        return Stopped(self.number or signal.SIGTERM)

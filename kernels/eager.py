@@ -59,6 +59,11 @@ def accumulation_type(x):
     return x
 
 
+def without_autocast(x):
+    """`with without_autocast(x):` matrix products keep their type, whatever a caller has set."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 # --------------------------------------------------------------------------------------------------
 # Mask composite and its losses
 
@@ -186,7 +191,8 @@ def check_composite_shapes(mask, images):
 def gram_matrix(features):
     """Return F F^T / (C H W), (N, C, C) in float32 or better, of features (N, C, H, W)."""
     flat = accumulation_type(features).flatten(2)  # (N, C, H W)
-    return torch.bmm(flat, flat.transpose(1, 2)) / features[0].numel()
+    with without_autocast(features):
+        return torch.bmm(flat, flat.transpose(1, 2)) / features[0].numel()
 
 
 class StyleLoss(torch.autograd.Function):
@@ -200,7 +206,8 @@ class StyleLoss(torch.autograd.Function):
     def forward(ctx, features, target):
         flat = accumulation_type(features).flatten(2)  # (N, C, H W)
         scale = 1 / features[0].numel()
-        difference = torch.baddbmm(target, flat, flat.transpose(1, 2), beta=-1, alpha=scale)
+        with without_autocast(features):
+            difference = torch.baddbmm(target, flat, flat.transpose(1, 2), beta=-1, alpha=scale)
         ctx.save_for_backward(features, difference)
         return difference.abs().mean()
 
@@ -211,12 +218,13 @@ class StyleLoss(torch.autograd.Function):
         scale = 2 * gradient / (features[0].numel() * difference.numel())
         signs = difference.sign().mul_(scale)  # (N, C, C)
         flat = accumulation_type(features).flatten(2)  # (N, C, H W)
-        if features.is_contiguous(memory_format=torch.channels_last):
-            # This order of the product leaves the gradient channels last, too.
-            product = torch.bmm(flat.transpose(1, 2), signs)  # (N, H W, C)
-            product = product.transpose(1, 2).unflatten(2, features.shape[2:])
-        else:
-            product = torch.bmm(signs, flat).view_as(features)
+        with without_autocast(features):
+            if features.is_contiguous(memory_format=torch.channels_last):
+                # This order of the product leaves the gradient channels last, too.
+                product = torch.bmm(flat.transpose(1, 2), signs)  # (N, H W, C)
+                product = product.transpose(1, 2).unflatten(2, features.shape[2:])
+            else:
+                product = torch.bmm(signs, flat).view_as(features)
         return product.to(features.dtype), None
 
 

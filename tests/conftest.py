@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from data.synthetic import synthetic_digits  # noqa: E402  (needs the path above)
+from parallel import pytest_addoption, pytest_runtestloop  # noqa: E402, F401  (hooks of pytest)
 
 
 def repair_interpreter():
@@ -123,6 +124,8 @@ def as_main(command, output, bytes_per_file):
     """In a process of its own: what `python script.py --flags` does, with its output in files."""
     for number, path in enumerate(output, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.stdout = open(1, "w", closefd=False)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)
     if bytes_per_file:  # what stands in for a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, bytes_per_file))
     sys.argv = command
@@ -184,7 +187,8 @@ def check_kills(script, flags, tmp_path, kills):
 def torchrun(ranks, script, *flags):
     """Run a script on several ranks of this CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    command += ["--master-port", "29541", "--", str(ROOT / script), *map(str, flags)]
+    port = 29541 + int(os.environ.get("CGN_TEST_PROCESS", 0))
+    command += ["--master-port", str(port), "--", str(ROOT / script), *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

@@ -260,7 +260,7 @@ def test_kinds_of_pixels(tmp_path):
     }
     for name, image in kinds.items():
         image.save(tmp_path / name)
-        found = folders.read_image(tmp_path / name, 32)
+        found = folders.read_square(tmp_path / name, 32)
         assert torch.equal(found, gray), name
 
 
@@ -270,7 +270,7 @@ def test_photographs_are_turned_upright(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 3  # the camera was held upside down
     image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    found = folders.read_image(tmp_path / "a.jpg", 32)
+    found = folders.read_square(tmp_path / "a.jpg", 32)
     assert found[0, :14].max() < 50 and found[0, 18:].min() > 200
 
 
@@ -278,13 +278,13 @@ def test_the_middle_square_is_taken(tmp_path):
     image = Image.new("RGB", (96, 32))
     image.paste(RED, (32, 0, 64, 32))
     image.save(tmp_path / "a.png")
-    assert folders.read_image(tmp_path / "a.png", 32)[0].unique().tolist() == [RED[0]]
+    assert folders.read_square(tmp_path / "a.png", 32)[0].unique().tolist() == [RED[0]]
 
 
 def test_far_too_large_images_are_left_out(tmp_path, monkeypatch):
     save(tmp_path / "a.png", (100, 100))
     monkeypatch.setattr(imagenet, "MAX_PIXELS", 9_999)
-    assert folders.read_image(tmp_path / "a.png", 32) is None
+    assert folders.read_square(tmp_path / "a.png", 32) is None
 
 
 def test_a_tenth_is_held_out(tmp_path):
@@ -371,7 +371,7 @@ def test_chain(png_digits, tmp_path):
     chunk = runs.load_tensors(tmp_path / "cf" / "chunk_00000.pt")
     assert chunk["images"].shape == (20, 3, 64, 64)
     files = sorted((tmp_path / "cf" / "counterfactual").iterdir())
-    assert torch.equal(folders.read_image(files[7], 64), chunk["images"][7])
+    assert torch.equal(folders.read_square(files[7], 64), chunk["images"][7])
     rows = (tmp_path / "cf" / "labels.csv").read_text().splitlines()
     assert rows[8].split(",")[:4] == [
         "counterfactual/0000007.png",

@@ -83,7 +83,12 @@ def test_losses_match_the_published_ones(file, backend):
     composite = composite_losses(*inputs.values()).composite
     assert_close(composite, content["composite"], rtol=1e-4, atol=1e-6)
 
-    for name, expected in content["losses"].items():
+    losses = content["losses"]
+    if backend == "triton" and not on_gpu:  # one style loss has all layers, and takes 9 s there
+        losses = {
+            name: losses[name] for name in losses.keys() - STYLES.keys() | {"style_imagenet_4444"}
+        }
+    for name, expected in losses.items():
         leaves = {key: value.clone().requires_grad_() for key, value in inputs.items()}
         loss = fixture_loss(name, leaves.values(), content["x_gt"], backend)
         known = torch.as_tensor(expected["value"]).to(loss)

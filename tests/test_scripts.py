@@ -307,7 +307,7 @@ def test_interrupted_training_resumes_to_the_same_end(tmp_path, undisturbed, num
     os.kill(process.pid, number)
     process.join()
     step = load(tmp_path / "cut" / "checkpoint.pt")["step"]
-    assert 10 <= step < 50 and process.exitcode == 0
+    assert 10 <= step < 50 and process.exitcode == 128 + number
     message = f"stopped after step {step}; resume with the same command and --resume"
     assert message in output[0].read_text()
     run("train_cgn.py", *flags, "--resume", "--out", tmp_path / "cut")

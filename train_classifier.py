@@ -741,21 +741,34 @@ HEADS = imagenet.HEADS  # shape, texture, background
 PREDICTIONS = (*HEADS, "mean", "shape and texture")  # of an ensemble, see with_means
 
 
+def untrained_classifier(arch):
+    """A classifier of torchvision, for images with ImageNet's normalization."""
+    classifier = torchvision.models.get_model(arch, weights=None)
+    if hasattr(classifier, "transform_input"):
+        classifier.transform_input = True  # inception_v3 and googlenet: to the one of their files
+    return classifier
+
+
+def check_image_size(args, network):
+    """UserError for a vision transformer of images of another size than --image-size."""
+    size = getattr(network, "image_size", args.image_size)
+    if size != args.image_size:
+        raise runs.UserError(f"--arch {args.arch}: takes images of {size} pixels; --image-size {size}")
+
+
 class Ensemble(nn.Module):
     """A torchvision classifier with three heads in place of its last linear layer.
 
-    (N, 3, H, W) -> logits (N, 3, 1000). state: a state dict of the pretrained classifier, or None.
+    (N, 3, H, W) -> logits (N, 3, 1000). classifier: an untrained one if None.
     """
 
-    def __init__(self, arch, state=None):
+    def __init__(self, arch, classifier=None):
         super().__init__()
-        self.backbone = torchvision.models.get_model(arch, weights=None)
-        if state is not None:
-            self.backbone.load_state_dict(state)
+        self.backbone = classifier or untrained_classifier(arch)
         modules = self.backbone.named_modules()
         linear = [(name, module) for name, module in modules if isinstance(module, nn.Linear)]
-        name, last = linear[-1]
-        if last.out_features != 1000:
+        name, last = linear[-1] if linear else ("", None)
+        if last is None or last.out_features != 1000:
             raise runs.UserError(f"--arch {arch}: does not end in a linear layer of 1000 classes")
         parent, _, child = name.rpartition(".")
         setattr(self.backbone.get_submodule(parent), child, nn.Identity())
@@ -770,6 +783,8 @@ class Ensemble(nn.Module):
 
     def forward(self, x):
         features = self.backbone(x)
+        if isinstance(features, tuple):
+            features = features[0]  # inception_v3 and googlenet add auxiliary logits in training
         return torch.stack([head(features) for head in self.heads], 1)
 
 
@@ -787,17 +802,18 @@ def ensemble_loss(logits, labels, counterfactual_labels):
     return loss
 
 
-def pretrained_state(args):
-    """A torchvision classifier's weights, fetched if need be. None with --offline or --pretrained
-    none.
+def load_classifier(args):
+    """A torchvision classifier with its pretrained weights, which are fetched if need be; with
+    random ones if --offline or --pretrained none.
     """
+    classifier = untrained_classifier(args.arch)
     if args.offline or args.pretrained == "none":
-        return None
-    with torch.device("meta"):
-        expected = torchvision.models.get_model(args.arch, weights=None).state_dict()
+        return classifier
     file = download.torchvision_file(args.arch)
     path = Path(args.pretrained) if args.pretrained else None
-    return weights.load_network(file, args.weights_dir, path, expected)
+    state = weights.load_network(file, args.weights_dir, path, classifier.state_dict())
+    weights.load_into(classifier, state)
+    return classifier
 
 
 def load_ensemble(args):
@@ -807,7 +823,7 @@ def load_ensemble(args):
             f"--arch {args.arch}: not a classifier of torchvision, such as resnet50"
         )
     if not args.weights:
-        return Ensemble(args.arch, pretrained_state(args))
+        return Ensemble(args.arch, load_classifier(args))
     content = runs.load_tensors(args.weights)
     if not isinstance(content, dict) or content.get("arch") != args.arch:
         raise runs.UserError(
@@ -816,17 +832,9 @@ def load_ensemble(args):
         )
     ensemble = Ensemble(args.arch)
     state = content.get("average", content.get("ensemble"))  # older files may have an average
-    ensemble.load_state_dict(weights.check_state_dict(state, ensemble.state_dict(), args.weights))
+    state = weights.check_state_dict(state, ensemble.state_dict(), args.weights)
+    weights.load_into(ensemble, state)
     return ensemble
-
-
-def load_baseline(args):
-    """The plain classifier, as it was pretrained."""
-    classifier = torchvision.models.get_model(args.arch, weights=None)
-    state = pretrained_state(args)
-    if state is not None:
-        classifier.load_state_dict(state)
-    return classifier
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1291,8 +1299,10 @@ def classify_imagenet(args, device):
     ensemble = None
     if args.weights or not args.evaluate:
         ensemble = load_ensemble(args).to(device, memory_format=torch.channels_last)
+        check_image_size(args, ensemble.backbone)
     if args.baseline:
-        baseline = load_baseline(args).to(device, memory_format=torch.channels_last)
+        baseline = load_classifier(args).to(device, memory_format=torch.channels_last)
+        check_image_size(args, baseline)
 
     with runs.claim_folder(args.out, __file__, args.resume):
         runs.describe_run(args.out, __file__, vars(args))

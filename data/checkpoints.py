@@ -270,7 +270,8 @@ def restore(path, content, args, networks, optimizers):
     for name, network in networks.items():
         own = network.state_dict()
         frozen = {key: value for key, value in own.items() if key.startswith(FROZEN)}
-        network.load_state_dict(weights.check_state_dict(frozen | content[name], own, path))
+        state = weights.check_state_dict(frozen | content[name], own, path)
+        weights.load_into(network, state)
     for optimizer, state in zip(optimizers, content["optimizers"]):
         optimizer.load_state_dict(state)
 

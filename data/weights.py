@@ -5,6 +5,7 @@ CGN. No file is loaded in a way that could run code, and every name and shape is
 of it is used. For VGG-16 there is a random stand-in, for use without a network connection.
 """
 
+import collections
 from pathlib import Path
 
 import torch
@@ -114,6 +115,15 @@ def load_network(entry, folder, path, expected):
     path = path or download.find_or_download(entry, folder)
     state = check_state_dict(runs.load_tensors(path), expected, path)
     return {name: state[name].to(want.dtype) for name, want in expected.items()}
+
+
+def load_into(module, state):
+    """Load a state dict that was checked, as one of the version that the module itself would write:
+    torchvision's mnasnet refuses one that tells none.
+    """
+    state = collections.OrderedDict(state)
+    state._metadata = module.state_dict()._metadata
+    module.load_state_dict(state)
 
 
 def to_half(state):

@@ -491,6 +491,39 @@ def test_backbones(arch):
         assert ensemble(torch.randn(2, 3, 224, 224)).shape == (2, 3, 1000)
 
 
+@pytest.mark.parametrize(
+    "arch, size", [("mnasnet0_5", 32), ("regnet_y_400mf", 32), ("googlenet", 32)]
+)
+def test_unusual_classifiers_are_loaded_and_trained(arch, size, tmp_path):
+    """Those that tell a version of their weights, or have auxiliary logits."""
+    file = tmp_path / "weights.pth"
+    torch.save(torchvision.models.get_model(arch, weights=None).state_dict(), file)
+    args = parse_args("--data-dir", "x", "--arch", arch, "--pretrained", file)
+    ensemble = train_classifier.load_ensemble(args).train()
+    assert ensemble(torch.randn(2, 3, size, size)).shape == (2, 3, 1000)
+    assert getattr(ensemble.backbone, "transform_input", True)
+
+    content = {"ensemble": dict(ensemble.state_dict()), "arch": arch}
+    torch.save(content, tmp_path / "ensemble.pt")
+    args = parse_args("--data-dir", "x", "--arch", arch, "--weights", tmp_path / "ensemble.pt")
+    again = train_classifier.load_ensemble(args)
+    assert same(dict(again.state_dict()), content["ensemble"])
+    assert getattr(again.backbone, "transform_input", True)
+
+
+def test_a_transformer_of_another_size_is_refused():
+    args = parse_args("--data-dir", "x", "--arch", "vit_b_16", "--image-size", 32)
+    with torch.device("meta"):
+        ensemble = train_classifier.Ensemble("vit_b_16")
+    with pytest.raises(runs.UserError, match="vit_b_16: takes images of 224 pixels"):
+        train_classifier.check_image_size(args, ensemble.backbone)
+
+
+def test_a_classifier_without_a_linear_layer_is_refused():
+    with pytest.raises(runs.UserError, match="squeezenet1_0: does not end in a linear layer"):
+        train_classifier.Ensemble("squeezenet1_0")
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """A server on this machine. Returns its folder and its address."""
@@ -522,9 +555,9 @@ def test_pretrained_weights_are_fetched_and_checked(server, tmp_path, monkeypatc
     args = parse_args("--data-dir", "x", "--arch", "resnet18", "--weights-dir", tmp_path / "files")
     if not intact:
         with pytest.raises(runs.UserError, match="resnet18-01234567.pth"):
-            train_classifier.load_baseline(args)
+            train_classifier.load_classifier(args)
         return
-    baseline = train_classifier.load_baseline(args)
+    baseline = train_classifier.load_classifier(args)
     assert torch.equal(baseline.fc.weight, plain.fc.weight)
     ensemble = train_classifier.load_ensemble(args)
     assert torch.equal(ensemble.backbone.conv1.weight, plain.conv1.weight)

@@ -753,7 +753,9 @@ def check_image_size(args, network):
     """UserError for a vision transformer of images of another size than --image-size."""
     size = getattr(network, "image_size", args.image_size)
     if size != args.image_size:
-        raise runs.UserError(f"--arch {args.arch}: takes images of {size} pixels; --image-size {size}")
+        raise runs.UserError(
+            f"--arch {args.arch}: takes images of {size} pixels; give --image-size {size}"
+        )
 
 
 class Ensemble(nn.Module):
@@ -797,8 +799,8 @@ def ensemble_loss(logits, labels, counterfactual_labels):
     real, counterfactual = logits.float().split([len(labels), len(logits) - len(labels)])
     loss = F.cross_entropy(real.mean(1), labels)
     if len(counterfactual):
-        heads = zip(counterfactual.unbind(1), counterfactual_labels.unbind(1))
-        loss = loss + sum(F.cross_entropy(logits, labels) for logits, labels in heads)
+        for head in range(len(HEADS)):
+            loss = loss + F.cross_entropy(counterfactual[:, head], counterfactual_labels[:, head])
     return loss
 
 

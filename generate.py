@@ -294,14 +294,13 @@ def generate_dataset(cgn, args, settings, description, device, real=None):
     summary = settings._asdict() | {"n": args.n, "chunks": len(starts)} | description
     runs.write_json(args.out / "dataset.json", summary)
     dataset = description["dataset"] or "NAME"  # published weights do not say
-    offline = "--offline " if description["offline"] else ""
-    own = ""
+    words = ["train_classifier.py", "--dataset", dataset]
     if dataset == "images":
-        own = f"--data-dir FOLDER --image-size {cgn.size} "
-    print(
-        f"\n{args.out}: {args.n} images; next: python train_classifier.py --dataset {dataset} "
-        f"{own}{offline}--train counterfactual --counterfactual {args.out} --out runs/classifier"
-    )
+        words += ["--data-dir", "FOLDER", "--image-size", cgn.size]
+    if description["offline"]:
+        words.append("--offline")
+    words += ["--train", "counterfactual", "--counterfactual", args.out, "--out", "runs/classifier"]
+    print(f"\n{args.out}: {args.n} images; next: {runs.command_line(*words)}")
 
 
 def write_png_files(folder, start, images):

@@ -909,7 +909,7 @@ def train_mnist(args, device):
     print(f"{args.out / 'sheet.png'} shows the mechanisms")
     if args.segmenter_steps:
         train_segmenter(args, training, data, bf16, device)
-    print(f"next: python generate.py --weights {args.out / 'weights.pt'}")
+    print("next:", runs.command_line("generate.py", "--weights", args.out / "weights.pt"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1684,10 +1684,8 @@ def train_imagenet(args, device):
         # Log, sheet, checkpoint, stop
         training.end_step(metrics, skipped)
     if rank == 0:
-        print(
-            f"{args.out / 'sheet.png'} shows the mechanisms; next: python generate.py --dataset "
-            f"imagenet --weights {args.out / 'weights.pt'}"
-        )
+        words = ("generate.py", "--dataset", "imagenet", "--weights", args.out / "weights.pt")
+        print(f"{args.out / 'sheet.png'} shows the mechanisms; next: {runs.command_line(*words)}")
 
 
 # ==================================================================================================
@@ -1715,6 +1713,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if dataset in small and args.max_steps is not None:
         runs.refuse_flags(parser, length, args, "has no meaning with --max-steps")
+    if dataset == "imagenet" and args.compile:
+        runs.check_compiler()
     if args.max_steps == 0 and not (dataset in small and args.weights):
         parser.error("--max-steps 0: not on ImageNet, and with --weights, to train their segmenter")
     return args

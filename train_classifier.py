@@ -804,7 +804,7 @@ def ensemble_loss(logits, labels, counterfactual_labels):
     return loss
 
 
-def load_classifier(args):
+def load_pretrained(args):
     """A torchvision classifier with its pretrained weights, which are fetched if need be; with
     random ones if --offline or --pretrained none.
     """
@@ -825,7 +825,7 @@ def load_ensemble(args):
             f"--arch {args.arch}: not a classifier of torchvision, such as resnet50"
         )
     if not args.weights:
-        return Ensemble(args.arch, load_classifier(args))
+        return Ensemble(args.arch, load_pretrained(args))
     content = runs.load_tensors(args.weights)
     if not isinstance(content, dict) or content.get("arch") != args.arch:
         raise runs.UserError(
@@ -1180,6 +1180,7 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
     if world_size > 1:
         model = nn.parallel.DistributedDataParallel(ensemble, broadcast_buffers=False)
     if args.compile:
+        runs.check_compiler()
         ensemble.compile()
 
     rows = None
@@ -1303,7 +1304,7 @@ def classify_imagenet(args, device):
         ensemble = load_ensemble(args).to(device, memory_format=torch.channels_last)
         check_image_size(args, ensemble.backbone)
     if args.baseline:
-        baseline = load_classifier(args).to(device, memory_format=torch.channels_last)
+        baseline = load_pretrained(args).to(device, memory_format=torch.channels_last)
         check_image_size(args, baseline)
 
     with runs.claim_folder(args.out, __file__, args.resume):

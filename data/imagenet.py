@@ -322,7 +322,11 @@ def counterfactual_images(patterns):
 
     labels: (n, 3), the classes of shape, texture and background.
     """
-    folders = sorted({Path(name) for pattern in patterns for name in glob.glob(str(pattern))})
+    folders = set()
+    for pattern in map(str, patterns):
+        # A name may look like a pattern.
+        folders.update(map(Path, [pattern] if Path(pattern).is_dir() else glob.glob(pattern)))
+    folders = sorted(folders)
     if not folders:
         raise runs.UserError(f"--counterfactual {' '.join(map(str, patterns))}: no such folder")
     paths = []

@@ -16,6 +16,8 @@ import json
 import math
 import os
 import platform
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +206,11 @@ def refuse_flags(parser, group, args, why):
             parser.error(f"{action.option_strings[0]}: {why}")
 
 
+def command_line(*words):
+    """A command to copy into a shell, whatever its paths are named."""
+    return "python " + shlex.join(map(str, words))
+
+
 # --------------------------------------------------------------------------------------------------
 # Device and seeds
 
@@ -220,6 +227,13 @@ def pick_device(name):
             f"--device {name}: not usable here ({first_line(error)}); try --device cpu"
         ) from None
     return device
+
+
+def check_compiler():
+    """UserError without the C++ compiler that torch.compile needs."""
+    compilers = (os.environ.get("CXX"), "c++", "g++", "clang++", "cl")
+    if not any(shutil.which(compiler) for compiler in compilers if compiler):
+        raise UserError("--compile: needs a C++ compiler, such as g++, on the PATH")
 
 
 def pick_bf16(amp, device):
@@ -568,7 +582,7 @@ class Log:
             temporary.write_text("".join(line + "\n" for line in kept))
         self.path = path
         self.first_step = step
-        self.start_time = time.time()
+        self.start_time = time.monotonic()  # a clock may be set
         self.live = sys.stdout.isatty()
         self.board = open_board(path.parent, step)
 
@@ -582,7 +596,7 @@ class Log:
 
     def progress(self, step, last_step, values):
         """Print the step, the rate, the time left, and values by name."""
-        rate = (step - self.first_step) / max(time.time() - self.start_time, 1e-9)
+        rate = (step - self.first_step) / max(time.monotonic() - self.start_time, 1e-9)
         left = int((last_step - step) / max(rate, 1e-9))
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         line = (

@@ -555,9 +555,9 @@ def test_pretrained_weights_are_fetched_and_checked(server, tmp_path, monkeypatc
     args = parse_args("--data-dir", "x", "--arch", "resnet18", "--weights-dir", tmp_path / "files")
     if not intact:
         with pytest.raises(runs.UserError, match="resnet18-01234567.pth"):
-            train_classifier.load_classifier(args)
+            train_classifier.load_pretrained(args)
         return
-    baseline = train_classifier.load_classifier(args)
+    baseline = train_classifier.load_pretrained(args)
     assert torch.equal(baseline.fc.weight, plain.fc.weight)
     ensemble = train_classifier.load_ensemble(args)
     assert torch.equal(ensemble.backbone.conv1.weight, plain.conv1.weight)

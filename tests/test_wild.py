@@ -4,6 +4,7 @@ git, output that nobody reads.
 
 import io
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from conftest import load, run, same, start
 from PIL import Image
 
 import generate
+import train_cgn
 import train_classifier
 from data import checkpoints, imagenet, mnist, runs
 
@@ -266,6 +268,41 @@ def test_a_copy_in_another_repository_has_not_its_revision(tmp_path, monkeypatch
     (tmp_path / "copy").mkdir()
     monkeypatch.setattr(runs, "ROOT", tmp_path / "copy")
     assert runs.git_revision() is None
+
+
+def test_odd_surroundings_and_names(digits_dir, tiny, tmp_path, monkeypatch):
+    """Another working folder, no home, no user; symbolic links; names that look like patterns,
+    flags or words of a shell.
+    """
+    root = tmp_path / "a [b]* 'c' \"d\" $HOME ü #1" / ("x" * 250)
+    root.mkdir(parents=True)
+    (root / "digits").symlink_to(digits_dir, target_is_directory=True)
+    monkeypatch.chdir(root)
+    for name in ("HOME", "USER", "LOGNAME"):
+        monkeypatch.delenv(name, raising=False)
+    flags = [root / "digits" if word == str(digits_dir) else word for word in tiny]
+    done = run("train_cgn.py", "--dataset", "colored_mnist", *flags, "--out", root / "--cgn")
+    hint = shlex.split(done.stdout.rpartition("next: python ")[2])
+    assert hint == ["generate.py", "--weights", str(root / "--cgn" / "weights.pt")]
+    done = run(*hint, "--n", 20, "--out", root / "cf [0]", "--device", "cpu")
+    hint = shlex.split(done.stdout.rpartition("next: python ")[2])
+    hint[-1] = root / "out"
+    flags = ["--data-dir", root / "digits", "--epochs", 1, "--max-steps", 1, "--device", "cpu"]
+    run(*hint, *flags)
+    assert (root / "out" / "results.json").is_file()
+
+
+def test_a_folder_whose_name_looks_like_a_pattern(tmp_path):
+    counterfactuals(tmp_path / "cf [0]*")
+    for name in ("cf [0]*", "cf*"):
+        assert len(imagenet.counterfactual_images([tmp_path / name])[0]) == 1
+
+
+def test_compiling_without_a_compiler(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(runs.UserError, match="--compile: needs a C.. compiler"):
+        train_cgn.parse_args("--dataset imagenet --out x --compile".split())
 
 
 def test_a_folder_named_tensorboard_is_no_tensorboard(tmp_path, monkeypatch, capsys):

@@ -797,8 +797,13 @@ def test_an_epoch_that_was_cut_is_not_the_best(miniature, tmp_path):
     assert best.st_mtime_ns <= checkpoint.st_mtime_ns
 
 
-def test_two_ranks_train_and_test_like_one(folders, tmp_path):
-    """Even where the two ranks are interrupted within the epoch."""
+def test_two_ranks_train_and_test_like_one(miniature, folders, tmp_path):
+    """Even where the two ranks are interrupted within the epoch, and images are damaged."""
+    shutil.copytree(miniature / "imagenet", tmp_path / "imagenet")
+    for split in ("train", "val"):
+        damaged = min((tmp_path / "imagenet" / split).rglob("*.JPEG"))
+        damaged.write_bytes(damaged.read_bytes()[:100])
+    folders = [tmp_path / "imagenet" if x == miniature / "imagenet" else x for x in folders]
     flags = ["train_classifier.py", *TRAINING, *folders, "--epochs", 1, "--log-every", 1]
     run(*flags, "--out", tmp_path / "one")
     torchrun(2, *flags, "--max-steps", 2, "--out", tmp_path / "two")

@@ -331,6 +331,18 @@ def test_style_loss_of_equal_features_is_zero_but_for_rounding():
     assert loss < 1e-6 * gram_matrix(features).abs().mean()
 
 
+def test_eager_style_loss_is_the_same_within_autocast():
+    features = torch.randn(2, 8, 6, 6, requires_grad=True)
+    target = torch.randn(2, 8, 6, 6)
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = style_loss(features, target, backend="eager")
+            (gradient,) = torch.autograd.grad(loss, features)
+            results.append((loss.detach(), gradient, gram_matrix(target)))
+    assert all(map(torch.equal, *results))
+
+
 def test_splits_stay_within_the_workspace():
     """Few positions to split, many to split, and so many bytes of sums that no split has room."""
     shapes = [

@@ -40,7 +40,9 @@ from kernels import (
     shuffle_patches,
     spectral,
     style_loss,
+    upsample,
     use_triton,
+    without_autocast,
 )
 
 # ==================================================================================================
@@ -65,9 +67,10 @@ def perceptual_loss(vgg, image, target, layer_weights, backend="auto"):
     image, target: (N, 3, H, W) in [-1, 1]. layer_weights: w at relu1_2, relu2_2, relu3_3, relu4_3.
     G is the Gram matrix of VGG-16's features; the target carries no gradient. Appendix B.
     """
+    layers = max((index for index, weight in enumerate(layer_weights, 1) if weight), default=0)
     with torch.no_grad():
-        target_features = vgg(target)
-    features = vgg(image)
+        target_features = vgg(target, layers)
+    features = vgg(image, layers)
     assert not any(layer_weights[len(features) :]), "a weight at a layer that VGG-16 does not reach"
     loss = 0
     for weight, layer, target_layer in zip(layer_weights, features, target_features):
@@ -1189,7 +1192,7 @@ class GenBlock(nn.Module):
         h = self.conv_3(self.bn_3(h, condition, truncation))  # (N, outputs, ...)
         skip = x[:, : self.outputs]  # where the channels become fewer, the last ones are dropped
         if self.up:
-            skip = F.interpolate(skip, scale_factor=2)
+            skip = upsample(skip)
         return h + skip
 
 
@@ -1205,15 +1208,14 @@ class SelfAttention(nn.Module):
         self.snconv1x1_o_conv = spectral(nn.Conv2d(channels // 2, channels, 1, bias=False))
 
     def forward(self, x, condition, truncation):
-        query = self.snconv1x1_theta(x).flatten(2).transpose(1, 2)  # (N, H W, C / 8)
-        key = (
-            F.max_pool2d(self.snconv1x1_phi(x), 2).flatten(2).transpose(1, 2)
-        )  # (N, H W / 4, C / 8)
-        value = (
-            F.max_pool2d(self.snconv1x1_g(x), 2).flatten(2).transpose(1, 2)
-        )  # (N, H W / 4, C / 2)
-        seen = F.scaled_dot_product_attention(query, key, value, scale=1.0)  # (N, H W, C / 2)
-        seen = seen.transpose(1, 2).unflatten(2, x.shape[2:])
+        query = self.snconv1x1_theta(x)
+        key = F.max_pool2d(self.snconv1x1_phi(x), 2)
+        value = F.max_pool2d(self.snconv1x1_g(x), 2)
+        # With a dimension for its one head, attention takes its fast path: (N, 1, H W, C / 8),
+        # (N, 1, H W / 4, C / 8) and (N, 1, H W / 4, C / 2).
+        query, key, value = (h.flatten(2).transpose(1, 2)[:, None] for h in (query, key, value))
+        seen = F.scaled_dot_product_attention(query, key, value, scale=1.0)[:, 0]
+        seen = seen.transpose(1, 2).unflatten(2, x.shape[2:])  # (N, C / 2, H, W)
         return torch.addcmul(x, self.gamma.to(x.dtype), self.snconv1x1_o_conv(seen))
 
 
@@ -1334,7 +1336,9 @@ class ImageNetCGN(nn.Module):
         premask = self.f_shape(z, shape, truncation)
         foreground = self.f_text(z, texture, truncation)
         background = self.f_bg(z, scene, truncation)
-        mask, saliency = self.u2net(torch.cat([premask, background])).chunk(2)
+        dtype = self.u2net.outconv.weight.dtype
+        with without_autocast(premask):
+            mask, saliency = self.u2net(torch.cat([premask, background]).to(dtype)).chunk(2)
         return premask, mask.clamp(1e-4, 1 - 1e-4), foreground, background, saliency
 
 
@@ -1664,9 +1668,9 @@ def train_imagenet(args, device):
             # Mechanisms: gradients are all-reduced once per step, with the last batch.
             waiting = part + 1 < args.accumulate and world_size > 1
             with model.no_sync() if waiting else contextlib.nullcontext():
+                with torch.no_grad():
+                    x_gt = cgn.biggan_GT(z.to(dtype), y, args.truncation)
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    with torch.no_grad():
-                        x_gt = cgn.biggan_GT(z.to(dtype), y, args.truncation)
                     outputs = model(z, y[:, None].expand(-1, 3), args.truncation)
                 losses, mask_mean = imagenet_losses(args, vgg, outputs, x_gt, windows)
                 loss = sum(losses.values()) / args.accumulate

@@ -276,12 +276,13 @@ class MnistVariant:
         self.digits = digits.unsqueeze(1).to(device)  # (n, 1, 32, 32)
         self.labels = labels.to(device)
         self.binary = row["binary"]
-        self.jitter = row["jitter"]
         self.redraw = row["fixed"]
         if self.binary:
             self.digits = (self.digits > 0.1 * 255).to(torch.uint8)
         # Each of these is a pair: of the object and of the background.
         self.palettes = [make_palette(row[part], device) for part in ("objects", "backgrounds")]
+        # A black background stays exactly black.
+        self.jitters = [row["jitter"] * (row[part] != BLACK) for part in ("objects", "backgrounds")]
         self.crops = None
         if row["objects"] is None:
             self.crops = [make_crops(texture, device) for texture in textures]
@@ -306,9 +307,8 @@ class MnistVariant:
 
         classes: (n,). Returns float 0..255, (n, 3, 1, 1).
         """
-        palette = self.palettes[part]
-        jitter = self.jitter if palette.any() else 0  # a black background stays exactly black
-        colors = jittered(palette[classes], jitter, generator, self.redraw)
+        colors = self.palettes[part][classes]
+        colors = jittered(colors, self.jitters[part], generator, self.redraw)
         return colors[..., None, None].mul(255).round_()
 
     def draw_crops(self, part, classes, generator):

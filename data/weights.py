@@ -158,10 +158,10 @@ class VGG16Features(nn.Module):
             self.convolutions.append(convolution)
         self.requires_grad_(False).to(memory_format=memory_format)
 
-    def forward(self, image):
+    def forward(self, image, layers=len(STYLE_CONVOLUTIONS)):
         """The features of the style losses, a list of (N, C, h, w) in the dtype of the weights.
 
-        image: (N, 3, H, W) in [-1, 1].
+        image: (N, 3, H, W) in [-1, 1]. layers: how many, from the first; no others are computed.
         """
         dtype = self.convolutions[0].weight.dtype
         x = image.to(dtype, memory_format=self.memory_format)
@@ -171,6 +171,8 @@ class VGG16Features(nn.Module):
             if number not in STYLE_CONVOLUTIONS:
                 continue
             features.append(x)
+            if len(features) == layers:
+                break
             if number < len(self.convolutions):
                 x = F.max_pool2d(x, 2)
         return features

@@ -26,6 +26,8 @@ from kernels.layers import (
     power_iteration,
     shuffle_patches,
     spectral,
+    upsample,
+    without_autocast,
 )
 
 __all__ = [
@@ -46,5 +48,7 @@ __all__ = [
     "shuffle_patches",
     "spectral",
     "style_loss",
+    "upsample",
     "use_triton",
+    "without_autocast",
 ]

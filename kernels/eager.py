@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from kernels.layers import without_autocast
+
 try:
     from kernels import composite, gram, patches
 except ImportError:  # no Triton for this platform
@@ -57,11 +59,6 @@ def accumulation_type(x):
     if x.dtype in (torch.float16, torch.bfloat16):
         return x.float()
     return x
-
-
-def without_autocast(x):
-    """`with without_autocast(x):` matrix products keep their type, whatever a caller has set."""
-    return torch.autocast(x.device.type, enabled=False)
 
 
 # --------------------------------------------------------------------------------------------------

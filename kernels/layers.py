@@ -11,6 +11,20 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def without_autocast(x):
+    """`with without_autocast(x):` operations keep their types, whatever a caller has set.
+
+    CUDA's autocast makes resized images float32, and the vectors of a power iteration bfloat16.
+    """
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def upsample(x):
+    """Nearest-neighbor upsampling by 2: (N, C, H, W) -> (N, C, 2 H, 2 W) of the same type."""
+    with without_autocast(x):
+        return F.interpolate(x, scale_factor=2)
+
+
 @functools.cache
 @torch.inference_mode(False)
 def upsampling_taps(device, dtype):
@@ -83,7 +97,8 @@ class DivideBySigma(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weight, u, v):
         matrix = weight.flatten(1)  # (out, in * kernel * kernel)
-        sigma = torch.dot(u, torch.mv(matrix, v))
+        with without_autocast(weight):
+            sigma = torch.dot(u, torch.mv(matrix, v))
         normalized = weight / sigma
         ctx.save_for_backward(normalized, u, v, sigma)
         return normalized
@@ -107,10 +122,11 @@ def power_iteration(network):
         matrix = layer.weight_orig.flatten(1)  # (out, in * kernel * kernel)
         u = layer.weight_u
         v = layer.weight_v
-        new_v = torch.mv(matrix.t(), u)
-        v.copy_(F.normalize(new_v, dim=0, eps=1e-4))
-        new_u = torch.mv(matrix, v)
-        u.copy_(F.normalize(new_u, dim=0, eps=1e-4))
+        with without_autocast(matrix):
+            new_v = torch.mv(matrix.t(), u)
+            v.copy_(F.normalize(new_v, dim=0, eps=1e-4))
+            new_u = torch.mv(matrix, v)
+            u.copy_(F.normalize(new_u, dim=0, eps=1e-4))
 
 
 def normalize_weight(layer, inputs=None):

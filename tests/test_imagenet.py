@@ -79,8 +79,9 @@ def test_u2net_reproduces_published_masks_also_folded(published_u2net, file):
     content = load(file)
     folded = fold(copy.deepcopy(published_u2net))
     with torch.no_grad():
-        close(published_u2net(content["x"]), content["mask"])
-        close(folded(content["x"]), content["mask"])
+        # CPUs with AVX2 and with AVX-512 differ by as much as 1e-4.
+        close(published_u2net(content["x"]), content["mask"], 3e-4)
+        close(folded(content["x"]), content["mask"], 3e-4)
 
 
 def test_published_saliency_finds_drawn_objects_also_in_bf16(published_u2net):

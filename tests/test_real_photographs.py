@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     """Seven photographs of three classes: of all kinds of files, one empty, one damaged."""
     root = tmp_path_factory.mktemp("photographs")
     wnids = imagenet.imagenet_metadata()["wnids"]
-    for name in (wnids[3], wnids[400], "281"):
+    for name in (wnids[1], wnids[3], wnids[400]):
         (root / name).mkdir()
     *scenes, empty = draw_photographs()
     scenes[0].crop((0, 8, 96, 88)).save(root / wnids[3] / "wide.JPG")
@@ -43,9 +43,9 @@ def folder(tmp_path_factory):
     scenes[1].convert("RGBA").save(root / wnids[400] / "alpha.png")
     scenes[2].save(root / wnids[400] / "b.webp")
     (root / wnids[400] / "c.jpg").write_bytes(b"no photograph")
-    scenes[3].convert("L").save(root / "281" / "gray.png")
+    scenes[3].convert("L").save(root / wnids[1] / "gray.png")
     wide = scenes[1].convert("L").point(lambda value: 257 * value, "I")
-    wide.convert("I;16").save(root / "281" / "of 16 bits.png")
+    wide.convert("I;16").save(root / wnids[1] / "of 16 bits.png")
     return root
 
 
@@ -85,7 +85,7 @@ def whole(command, folder, tmp_path_factory):
 
 def test_each_picture_has_the_shape_of_its_photograph(whole, folder):
     files, labels = imagenet.photograph_images(folder)
-    assert labels.tolist() == [281, 281, 3, 3, 400, 400, 400]
+    assert labels.tolist() == [1, 1, 3, 3, 400, 400, 400]
     photographs = imagenet.Images(files, labels, imagenet.make_transform(False, 64, margin=False))
     rows = read_table(whole / "labels.csv")
     everything = list(range(1000))
@@ -138,7 +138,7 @@ def test_a_classifier_takes_the_folder(whole, folder, tmp_path):
     _, labels = imagenet.counterfactual_images([whole])
     assert labels.shape == (10, 3)
     for split in ("train", "val"):
-        shutil.copytree(folder / "281", tmp_path / split / "281")
+        shutil.copytree(folder / "n01443537", tmp_path / split / "n01443537")
     flags = "--dataset imagenet --offline --arch resnet18 --workers 0 --device cpu --epochs 1"
     sizes = "--image-size 32 --batch-size 2".split()
     data = ["--data-dir", tmp_path, "--counterfactual", whole, "--out", tmp_path / "out"]
@@ -172,7 +172,7 @@ def test_two_ranks_make_one_part_and_one_makes_the_other(
 
 def test_plain_folder_moved_and_changed(command, folder, tmp_path, monkeypatch, capsys):
     before = tmp_path / "before"
-    shutil.copytree(folder / "281", before)
+    shutil.copytree(folder / "n01443537", before)
     out = tmp_path / "out"
     flags = [*command, "--n", 3, "--out", out, "--images"]
     with pytest.raises(runs.UserError, match="need --shape"):
@@ -223,7 +223,8 @@ def test_drawn_scenes_serve_as_photographs(tmp_path):
     write_scenes(tmp_path, 3, torch.Generator().manual_seed(0))
     files, labels = imagenet.photograph_images(tmp_path)
     assert sorted(path.name for path in files) == ["0000.png", "0001.png", "0002.png"]
-    assert labels.tolist() == [int(path.parent.name) for path in files]
+    wnids = imagenet.imagenet_metadata()["wnids"]
+    assert labels.tolist() == [wnids.index(path.parent.name) for path in files]
     assert read_image(files[0]).float().std() > 10
 
 
@@ -242,9 +243,9 @@ def test_folders_that_hold_something_else(folder, tmp_path):
         if problem == "no such folder":
             (tmp_path / "x").mkdir()
         elif problem.startswith("neither"):
-            shutil.copytree(folder / "281", tmp_path / "x" / "n0")
+            shutil.copytree(folder / "n01443537", tmp_path / "x" / "n0")
         else:
-            shutil.copy(folder / "281" / "gray.png", tmp_path / "x")
+            shutil.copy(folder / "n01443537" / "gray.png", tmp_path / "x")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import train_cgn
-from data import pictures, runs, weights
+from data import imagenet, pictures, runs, weights
 from kernels import compose
 
 
@@ -153,13 +153,14 @@ def make_sheet(biggan, u2net, generator):
 
 @torch.no_grad()
 def write_scenes(folder, count, generator):
-    """Write scenes as folder/CLASS/0000.png, with the codes of classes in the bundled weights."""
+    """Write scenes as folder/WNID/0000.png, with the codes of classes in the bundled weights."""
+    wnids = imagenet.imagenet_metadata()["wnids"]
     biggan = train_cgn.BigGAN(**train_cgn.SMALL)
     biggan.load_state_dict(runs.load_tensors(train_cgn.SMALL_WEIGHTS)["biggan"])
     _, y, scenes = draw_batch(biggan, count, generator)
     images = pictures.to_unit(scenes.image).mul(255).round().to(torch.uint8)
     for index, (label, image) in enumerate(zip(y.tolist(), images)):
-        path = folder / str(label) / f"{index:04d}.png"
+        path = folder / wnids[label] / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         pictures.save_png(path, image)
 

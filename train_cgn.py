@@ -1601,6 +1601,8 @@ def imagenet_sheet(networks, args):
 def train_imagenet(args, device):
     """Train the mechanisms on the cGAN's images. Everything is written into args.out."""
     torch.manual_seed(args.seed)
+    if args.compile:
+        runs.check_compiler()
     bf16 = runs.pick_bf16(args.amp, device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     rank, world_size = runs.rank_and_world_size()
@@ -1717,8 +1719,6 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if dataset in small and args.max_steps is not None:
         runs.refuse_flags(parser, length, args, "has no meaning with --max-steps")
-    if dataset == "imagenet" and args.compile:
-        runs.check_compiler()
     if args.max_steps == 0 and not (dataset in small and args.weights):
         parser.error("--max-steps 0: not on ImageNet, and with --weights, to train their segmenter")
     return args

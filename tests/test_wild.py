@@ -17,7 +17,6 @@ from conftest import load, run, same, start
 from PIL import Image
 
 import generate
-import train_cgn
 import train_classifier
 from data import checkpoints, imagenet, mnist, runs
 
@@ -302,7 +301,7 @@ def test_compiling_without_a_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(runs.UserError, match="--compile: needs a C.. compiler"):
-        train_cgn.parse_args("--dataset imagenet --out x --compile".split())
+        runs.check_compiler()
 
 
 def test_a_folder_named_tensorboard_is_no_tensorboard(tmp_path, monkeypatch, capsys):

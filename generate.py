@@ -1175,7 +1175,7 @@ def parse_imagenet(parser, argv):
     real = parser.add_argument_group("photographs (with --shapes real)")
     real.add_argument(
         "--images", type=Path, metavar="FOLDER",
-        help="class folders named by WNID or 0 to 999, or images of the one class that --shape "
+        help="class folders named by WNID, or images of the one class that --shape "
         "names; picture i has the shape of photograph i, modulo their count",
     )
     real.add_argument(

@@ -1213,8 +1213,6 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
             training.end_step({"loss": loss, "lr": rate}, skipped)
 
         # Test
-        # Fewer were made if a batch held nothing but damaged images.
-        training.step = max(training.step, first_step + steps)
         training.save()  # evaluating takes time, and a kill may come
         rows = evaluate(ensemble, PREDICTIONS, tests, args, device)
         measured = {row[:3]: row[3] for row in rows}
@@ -1409,7 +1407,7 @@ def parse_ensemble(parser, argv):
     )
     data.add_argument(
         "--ood", type=runs.name_and_path, nargs="+", default=[], metavar="NAME=PATH",
-        help="folders by WNID, of all classes or some",
+        help="folders by WNID, of all classes or some; all of 0 to 999; or those of ImageNet-C",
     )
     parser.set_defaults(epochs=45, lr=0.001)
 

@@ -345,14 +345,11 @@ def cannot_write(path, error):
     return UserError(f"cannot write {path}: {reason}; free some space, or choose another --out")
 
 
-def is_hidden(path):
-    """Whether a file or folder is never data: .DS_Store, ._0.png, .ipynb_checkpoints, __MACOSX."""
-    return path.name.startswith((".", "__"))
-
-
 def entries(folder):
-    """What lies in a folder of data, sorted, but for what is hidden. All are listed here."""
-    return sorted(path for path in folder.iterdir() if not is_hidden(path))
+    """What lies in a folder of data, sorted. Every such folder is listed here, without what is
+    never data: .DS_Store, ._0.png, .ipynb_checkpoints, __MACOSX.
+    """
+    return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__")))
 
 
 # How text is read and written: names of files need not be UTF-8, and stay what they are.

@@ -116,13 +116,13 @@ class DivideBySigma(torch.autograd.Function):
 @torch.no_grad()
 def power_iteration(network):
     """Improve the estimated singular vectors of every spectral layer; once per training step."""
-    for layer in network.modules():
-        if not hasattr(layer, "weight_u"):
-            continue
-        matrix = layer.weight_orig.flatten(1)  # (out, in * kernel * kernel)
-        u = layer.weight_u
-        v = layer.weight_v
-        with without_autocast(matrix):
+    with without_autocast(next(network.parameters())):
+        for layer in network.modules():
+            if not hasattr(layer, "weight_u"):
+                continue
+            matrix = layer.weight_orig.flatten(1)  # (out, in * kernel * kernel)
+            u = layer.weight_u
+            v = layer.weight_v
             new_v = torch.mv(matrix.t(), u)
             v.copy_(F.normalize(new_v, dim=0, eps=1e-4))
             new_u = torch.mv(matrix, v)

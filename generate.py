@@ -617,22 +617,22 @@ def imagenet_images(cgn, z, y, truncation, parts=("counterfactual",), photograph
     images = {}
     if wanted & {"premask", "mask", "composite", "counterfactual"}:
         if photographs is None:
-            images["premask"] = cgn.f_shape(z, shape, truncation)
+            images["premask"] = cgn.f_shape(z, shape)
         else:
             images["premask"] = photographs
     if wanted & {"mask", "composite", "counterfactual"}:
         images["mask"] = cgn.u2net(images["premask"].to(dtype)).clamp(1e-4, 1 - 1e-4)
     if wanted & {"foreground", "counterfactual"}:
-        images["foreground"] = cgn.f_text(z, texture, truncation)
+        images["foreground"] = cgn.f_text(z, texture)
     if wanted & {"background", "counterfactual"}:
-        images["background"] = cgn.f_bg(z, background, truncation)
+        images["background"] = cgn.f_bg(z, background)
     if "counterfactual" in wanted:
         images["counterfactual"] = compose(
             images["mask"], images["foreground"], images["background"]
         )
     if "composite" in wanted:
-        foreground = cgn.f_text(z, shape, truncation)
-        images["composite"] = compose(images["mask"], foreground, cgn.f_bg(z, shape, truncation))
+        foreground = cgn.f_text(z, shape)
+        images["composite"] = compose(images["mask"], foreground, cgn.f_bg(z, shape))
     bytes_of = {}
     for name in parts:
         unit = images[name] if name == "mask" else images[name] / 2 + 0.5

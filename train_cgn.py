@@ -18,7 +18,6 @@ args.json, log.jsonl, sheet.png, samples/, checkpoint.pt (everything, to resume)
 """
 
 import argparse
-import contextlib
 import math
 from pathlib import Path
 
@@ -31,10 +30,11 @@ from data import checkpoints, download, folders, imagenet, mnist, pictures, runs
 from data.weights import ConvNormReLU, U2Net, VGG16Features
 from kernels import (
     UpsampleConv2d,
+    affine_relu,
     compose,
     composite_losses_and_copy,
     draw_patch_windows,
-    normalize_weight,
+    normalized_weight,
     power_iteration,
     sample_patch_images,
     shuffle_patches,
@@ -1085,7 +1085,7 @@ class ConditionalNorm(nn.Module):
     def __init__(self, channels, condition):
         super().__init__()
         self.conditional = condition > 0
-        self.folded = None  # gain and shift as one linear layer of the condition, see fold
+        self.kernels = "auto"  # backend of its kernel
         if not self.conditional:
             self.weight = nn.Parameter(torch.ones(channels))
             self.bias = nn.Parameter(torch.zeros(channels))
@@ -1108,42 +1108,62 @@ class ConditionalNorm(nn.Module):
         variance = torch.lerp(self.running_vars[row], self.running_vars[row + 1], between)
         return mean, (variance + 1e-4).rsqrt()
 
-    def gain_and_shift(self, condition, truncation):
-        """The norm as one product and one sum: gain and shift of each channel, (N or 1, C)."""
-        if self.folded is not None:
-            return self.folded(condition).chunk(2, 1)
-        mean, inverse_deviation = self.statistics(truncation)
-        if self.conditional:
-            gain = inverse_deviation * (1 + self.scale(condition))
-            return gain, self.offset(condition) - mean * gain
-        gain = inverse_deviation * self.weight[None]
-        return gain, self.bias[None] - mean * gain
-
-    def forward(self, x, condition, truncation):
-        """x: (N, C, H, W). condition: (N, condition)."""
-        gain, shift = self.gain_and_shift(condition, truncation)
-        gain = gain[..., None, None].to(x.dtype)
-        shift = shift[..., None, None].to(x.dtype)
-        return torch.addcmul(shift, x, gain).relu_()
-
-    def fold(self, truncation):
-        """Gain and shift become one linear layer of the condition, for this truncation only."""
+    def affine(self, truncation):
+        """The norm as one product and one sum, which a linear layer of the condition gives: its
+        weight (2 C, condition) and its bias (2 C,), for the gain and the shift of each channel.
+        """
         mean, inverse_deviation = self.statistics(truncation)
         if self.conditional:
             gain = inverse_deviation
             shift = -mean * inverse_deviation
             weight = inverse_deviation[:, None] * self.scale.weight
             weight = torch.cat([weight, self.offset.weight - mean[:, None] * weight])
-            del self.scale, self.offset
         else:  # there is no condition: a layer of no inputs, which returns its bias
             gain = inverse_deviation * self.weight
             shift = self.bias - mean * gain
             weight = mean.new_zeros(2 * len(mean), 0)
-        self.folded = nn.Linear(1, 1)  # its size comes with the weights
-        self.folded.weight = nn.Parameter(weight)
-        self.folded.bias = nn.Parameter(torch.cat([gain, shift]))
-        self.running_means = None
-        self.running_vars = None
+        return weight, torch.cat([gain, shift])
+
+    def forward(self, x, condition):
+        """x: (N, C, H, W). condition: (N, condition)."""
+        with without_autocast(x):
+            gain_and_shift = F.linear(condition, self.affine_weight, self.affine_bias)
+        return affine_relu(x, gain_and_shift, backend=self.kernels)
+
+
+def derive(network, truncation):
+    """Compute what layers use from their parameters: weights divided by their spectral norm, and
+    conditional norms as linear layers, for this truncation.
+
+    To be called whenever parameters have changed. Returns pairs (derived tensor, the leaf that the
+    layer uses): gradients gather in the leaves, over any number of batches, and pass_gradients
+    hands them on. Folded networks have nothing to derive.
+    """
+    pairs = []
+    for layer in network.modules():
+        if hasattr(layer, "weight_orig"):
+            weight = normalized_weight(layer)
+            layer.weight = leaf(weight)
+            pairs.append((weight, layer.weight))
+    for norm in network.modules():
+        if isinstance(norm, ConditionalNorm) and norm.running_means is not None:
+            weight, bias = norm.affine(truncation)
+            norm.affine_weight = leaf(weight)
+            norm.affine_bias = leaf(bias)
+            pairs += [(weight, norm.affine_weight), (bias, norm.affine_bias)]
+    return pairs
+
+
+def leaf(tensor):
+    """The same values, with a gradient of their own."""
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def pass_gradients(pairs):
+    """Hand the gradients of derived leaves on to the parameters that they come from, last first."""
+    for tensor, derived in reversed(pairs):
+        if derived.grad is not None:
+            tensor.backward(derived.grad)
 
 
 @torch.no_grad()
@@ -1151,16 +1171,17 @@ def fold(network, truncation=1.0):
     """Fold constants into weights, in place: spectral norms, BatchNorms, and conditional norms for
     this truncation. The network can be used, but no longer trained.
     """
-    for module in network.modules():
-        if hasattr(module, "weight_orig"):
-            normalize_weight(module)
-            weight = module.__dict__.pop("weight")
-            del module.weight_orig, module.weight_u, module.weight_v
-            module._forward_pre_hooks.clear()
-            module.weight = nn.Parameter(weight)
+    derive(network, truncation)
     for module in list(network.modules()):
         if isinstance(module, ConditionalNorm):
-            module.fold(truncation)
+            module.affine_weight = nn.Parameter(module.affine_weight)
+            module.affine_bias = nn.Parameter(module.affine_bias)
+            module.scale = module.offset = module.weight = module.bias = None
+            module.running_means = module.running_vars = None
+        elif hasattr(module, "weight_orig"):
+            weight = module.__dict__.pop("weight")
+            del module.weight_orig, module.weight_u, module.weight_v
+            module.weight = nn.Parameter(weight)
         elif isinstance(module, ConvNormReLU):
             module.conv_s1 = nn.utils.fuse_conv_bn_eval(module.conv_s1, module.bn_s1)
             module.bn_s1 = nn.Identity()
@@ -1185,11 +1206,11 @@ class GenBlock(nn.Module):
         self.bn_3 = ConditionalNorm(middle, condition)
         self.conv_3 = spectral(nn.Conv2d(middle, outputs, 1))
 
-    def forward(self, x, condition, truncation):
-        h = self.conv_0(self.bn_0(x, condition, truncation))  # (N, middle, H, W)
-        h = self.conv_1(self.bn_1(h, condition, truncation))  # (N, middle, 2 H, 2 W) if up
-        h = self.conv_2(self.bn_2(h, condition, truncation))
-        h = self.conv_3(self.bn_3(h, condition, truncation))  # (N, outputs, ...)
+    def forward(self, x, condition):
+        h = self.conv_0(self.bn_0(x, condition))  # (N, middle, H, W)
+        h = self.conv_1(self.bn_1(h, condition))  # (N, middle, 2 H, 2 W) if up
+        h = self.conv_2(self.bn_2(h, condition))
+        h = self.conv_3(self.bn_3(h, condition))  # (N, outputs, ...)
         skip = x[:, : self.outputs]  # where the channels become fewer, the last ones are dropped
         if self.up:
             skip = upsample(skip)
@@ -1207,7 +1228,7 @@ class SelfAttention(nn.Module):
         self.snconv1x1_g = spectral(nn.Conv2d(channels, channels // 2, 1, bias=False))
         self.snconv1x1_o_conv = spectral(nn.Conv2d(channels // 2, channels, 1, bias=False))
 
-    def forward(self, x, condition, truncation):
+    def forward(self, x, condition):
         query = self.snconv1x1_theta(x)
         key = F.max_pool2d(self.snconv1x1_phi(x), 2)
         value = F.max_pool2d(self.snconv1x1_g(x), 2)
@@ -1276,31 +1297,24 @@ class BigGAN(nn.Module):
         """Classes (N,) -> embeddings (N, class_embed_dim), which can be mixed between classes."""
         return F.embedding(y, self.embeddings.weight.t())
 
-    def forward(self, z, y, truncation):
-        """Images (N, 3, H, W) in [-1, 1].
+    def forward(self, z, y):
+        """Images (N, 3, H, W) in [-1, 1], for the truncation that `derive` or `fold` was given.
 
         z: (N, z_dim), truncated normal times truncation. y: classes (N,), or class vectors.
-        truncation: in (0, 1], chooses the statistics of the norms.
         """
         generator = self.generator
-        if self.training:
-            power_iteration(self)
         vectors = y if y.is_floating_point() else self.class_vectors(y)
         condition = torch.cat([z, vectors], 1)
         # Channels last, as in the published code: so are all activations.
         h = generator.gen_z(condition).unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)  # (N, C, 4, 4)
         for layer in generator.layers:
             if self.recompute and torch.is_grad_enabled():
-                h = torch.utils.checkpoint.checkpoint(
-                    layer, h, condition, truncation, use_reentrant=False
-                )
+                h = torch.utils.checkpoint.checkpoint(layer, h, condition, use_reentrant=False)
             else:
-                h = layer(h, condition, truncation)
-        h = generator.bn(h, condition[:, :0], truncation)
+                h = layer(h, condition)
+        h = generator.bn(h, condition[:, :0])
         # Only the first 3 of the last convolution's outputs are used: no others are computed.
         rgb = generator.conv_to_rgb
-        if hasattr(rgb, "weight_orig"):
-            normalize_weight(rgb)  # what calling the layer would do
         return F.conv2d(h, rgb.weight[:3], rgb.bias[:3], padding=1).float().tanh()
 
 
@@ -1321,21 +1335,21 @@ class ImageNetCGN(nn.Module):
     def train(self, mode=True):
         super().train(mode)
         for network in self.children():
-            # Frozen networks make no power iterations and use no batch statistics.
+            # Frozen networks use no batch statistics.
             trainable = any(parameter.requires_grad for parameter in network.parameters())
             network.train(mode and trainable)
         return self
 
-    def forward(self, z, y, truncation):
+    def forward(self, z, y):
         """z: (N, z_dim). y: classes (N, 3) of shape, texture and background.
 
         Returns premask (N, 3, H, W), mask (N, 1, H, W), foreground, background (N, 3, H, W), and
         the saliency of the background (N, 1, H, W).
         """
         shape, texture, scene = y.unbind(1)
-        premask = self.f_shape(z, shape, truncation)
-        foreground = self.f_text(z, texture, truncation)
-        background = self.f_bg(z, scene, truncation)
+        premask = self.f_shape(z, shape)
+        foreground = self.f_text(z, texture)
+        background = self.f_bg(z, scene)
         dtype = self.u2net.outconv.weight.dtype
         with without_autocast(premask):
             mask, saliency = self.u2net(torch.cat([premask, background]).to(dtype)).chunk(2)
@@ -1372,9 +1386,10 @@ def random_networks(config, small_u2net, seed=0):
         u2net.outconv.weight *= 0.01
         z = torch.randn(8, biggan.z_dim)
         y = torch.randint(biggan.embeddings.in_features, (8,))
-        for _ in range(10):  # power iterations, to know the singular values
-            biggan.train()(z[:1], y[:1], 1.0)
-        images = biggan.eval()(z, y, 1.0)
+        for _ in range(10):
+            power_iteration(biggan)
+        derive(biggan, 1.0)
+        images = biggan(z, y)
         biggan.generator.bn.weight /= images.atanh().std()
         logits = u2net(images / images.std()).logit()
         for hook in hooks:
@@ -1396,6 +1411,7 @@ def set_statistics(norm, inputs):
     else:
         norm.running_means[:] = mean
         norm.running_vars[:] = variance
+        derive(norm, 1.0)
 
 
 def load_imagenet_generator(path, raw=False):
@@ -1584,18 +1600,42 @@ def imagenet_classes(args, cgn):
     return torch.arange(cgn.f_shape.embeddings.in_features)
 
 
+def draw_inputs(args, classes, z_dim, step):
+    """Latents (A, N, z_dim), classes (A, N) and windows (A, N, 36) of A batches of N images.
+
+    Drawn on the CPU, for all ranks together, so that images are the same on any number of GPUs.
+    """
+    z, y, windows = [], [], []
+    for part in range(args.accumulate):
+        generator = runs.seeded_generator(args.seed, "step", step * args.accumulate + part)
+        z.append(args.truncation * truncated_normal((args.batch_size, z_dim), generator))
+        y.append(classes[torch.randint(len(classes), (args.batch_size,), generator=generator)])
+        windows.append(draw_patch_windows(args.batch_size, generator))
+    return torch.stack(z), torch.stack(y), torch.stack(windows)
+
+
+def average_gradients(optimizer, world_size):
+    """Make each gradient its mean over all GPUs."""
+    if world_size == 1:
+        return
+    for group in optimizer.param_groups:
+        gradients = [parameter.grad for parameter in group["params"]]
+        for gradient in gradients:
+            torch.distributed.all_reduce(gradient)
+        torch._foreach_div_(gradients, world_size)
+
+
 def imagenet_sheet(networks, args):
     """What the moving average draws now, for six classes."""
     average = networks["average"]
+    derive(average, args.truncation)
     device = next(average.parameters()).device
     classes = imagenet_classes(args, average)
     y = classes[torch.linspace(0, len(classes) - 1, 6).long()]
     fixed = torch.Generator().manual_seed(0)  # the same latents every time, so that sheets compare
     z = args.truncation * truncated_normal((6, average.f_shape.z_dim), fixed)
     cgan = networks["generator"].biggan_GT
-    return pictures.imagenet_mechanism_sheet(
-        average, cgan, z.to(device), y.to(device), args.truncation
-    )
+    return pictures.imagenet_mechanism_sheet(average, cgan, z.to(device), y.to(device))
 
 
 def train_imagenet(args, device):
@@ -1620,6 +1660,9 @@ def train_imagenet(args, device):
     fold(cgn.u2net.eval()).to(dtype)
     cgn.to(device).train()
     average.to(device).requires_grad_(False).eval()
+    for module in cgn.modules():
+        if isinstance(module, ConditionalNorm):
+            module.kernels = args.kernels
     for mechanism in (cgn.f_shape, cgn.f_text, cgn.f_bg):
         mechanism.recompute = args.recompute
         if args.compile:
@@ -1644,9 +1687,6 @@ def train_imagenet(args, device):
         draw_sheet=imagenet_sheet,
     )
     runs.describe_run(args.out, __file__, vars(args))
-    model = cgn
-    if world_size > 1:
-        model = torch.nn.parallel.DistributedDataParallel(cgn, broadcast_buffers=False)
     if rank == 0:
         print(
             f"imagenet on {world_size} x {device}, {'bf16' if bf16 else 'float32'}, "
@@ -1654,34 +1694,32 @@ def train_imagenet(args, device):
         )
 
     for step in range(training.step, args.max_steps):
+        # Data: each rank takes its share of each batch.
+        z, y, windows = draw_inputs(args, classes, cgn.f_shape.z_dim, step)
+        z = z.chunk(world_size, 1)[rank].to(device)
+        y = y.chunk(world_size, 1)[rank].to(device)
+        windows = windows.chunk(world_size, 1)[rank].to(device)
+
+        # Mechanisms: what depends on weights alone is computed once for all batches of the step.
         optimizer.zero_grad(set_to_none=True)
+        power_iteration(cgn)
+        derived = derive(cgn, args.truncation)
         metrics = {}
         for part in range(args.accumulate):
-            # Data: drawn on the CPU for all ranks together, so that the images are the same on any
-            # number of GPUs. Each rank takes its share.
-            generator = runs.seeded_generator(args.seed, "step", step * args.accumulate + part)
-            z = args.truncation * truncated_normal((args.batch_size, cgn.f_shape.z_dim), generator)
-            y = classes[torch.randint(len(classes), (args.batch_size,), generator=generator)]
-            windows = draw_patch_windows(args.batch_size, generator)
-            z = z.chunk(world_size)[rank].to(device)
-            y = y.chunk(world_size)[rank].to(device)
-            windows = windows.chunk(world_size)[rank].to(device)
-
-            # Mechanisms: gradients are all-reduced once per step, with the last batch.
-            waiting = part + 1 < args.accumulate and world_size > 1
-            with model.no_sync() if waiting else contextlib.nullcontext():
-                with torch.no_grad():
-                    x_gt = cgn.biggan_GT(z.to(dtype), y, args.truncation)
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    outputs = model(z, y[:, None].expand(-1, 3), args.truncation)
-                losses, mask_mean = imagenet_losses(args, vgg, outputs, x_gt, windows)
-                loss = sum(losses.values()) / args.accumulate
-                loss.backward()
+            with torch.no_grad():
+                x_gt = cgn.biggan_GT(z[part].to(dtype), y[part])
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                outputs = cgn(z[part], y[part, :, None].expand(-1, 3))
+            losses, mask_mean = imagenet_losses(args, vgg, outputs, x_gt, windows[part])
+            loss = sum(losses.values()) / args.accumulate
+            loss.backward()
 
             losses["mask_mean"] = mask_mean.mean()
             losses["mask_spread"] = mask_mean.std(correction=0)
             for name, value in losses.items():
                 metrics[name] = metrics.get(name, 0) + value.detach() / args.accumulate
+        pass_gradients(derived)
+        average_gradients(optimizer, world_size)
         skipped = checkpoints.finite_step(optimizer, sum(metrics.values()))
 
         # Moving average

@@ -164,7 +164,7 @@ def segmentation_sheet(cgn, images, masks, labels, count=4):
 
 
 @torch.no_grad()
-def imagenet_mechanism_sheet(cgn, cgan, z, y, truncation):
+def imagenet_mechanism_sheet(cgn, cgan, z, y):
     """A sheet of an ImageNet CGN. Rows are classes: premask, mask, foreground, background,
     composite, the cGAN's image, and a counterfactual.
 
@@ -172,8 +172,8 @@ def imagenet_mechanism_sheet(cgn, cgan, z, y, truncation):
     """
     dtype = cgan.embeddings.weight.dtype
     with torch.autocast(z.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
-        outputs = cgn(z, y[:, None].expand(-1, 3), truncation)
-        target = cgan(z.to(dtype), y, truncation)
+        outputs = cgn(z, y[:, None].expand(-1, 3))
+        target = cgan(z.to(dtype), y)
     premask, mask, foreground, background, _ = outputs
     other_foreground = foreground.roll(1, 0)
     other_background = background.roll(2, 0)

@@ -1,8 +1,8 @@
-"""Operations and layers outside plain PyTorch: the mask composite, the style loss, patch images.
+"""Operations and layers outside plain PyTorch: mask composite, style loss, patch images, norms.
 
-`eager.py` holds the definitions and chooses the backend; `composite.py`, `gram.py` and `patches.py`
-hold the same operations as Triton kernels; `layers.py` holds layers that have one form for every
-device. This file only gathers the names.
+`eager.py` holds the definitions and chooses the backend; `composite.py`, `gram.py`, `patches.py`
+and `affine.py` hold the same operations as Triton kernels; `layers.py` holds layers that have one
+form for every device. This file only gathers the names.
 """
 
 from kernels.eager import (
@@ -10,6 +10,7 @@ from kernels.eager import (
     MaskEntropy,
     StyleLoss,
     accumulation_type,
+    affine_relu,
     compose,
     composite_losses,
     composite_losses_and_copy,
@@ -21,8 +22,8 @@ from kernels.eager import (
 )
 from kernels.layers import (
     UpsampleConv2d,
-    normalize_weight,
     normalized_conv2d,
+    normalized_weight,
     power_iteration,
     shuffle_patches,
     spectral,
@@ -36,13 +37,14 @@ __all__ = [
     "StyleLoss",
     "UpsampleConv2d",
     "accumulation_type",
+    "affine_relu",
     "compose",
     "composite_losses",
     "composite_losses_and_copy",
     "draw_patch_windows",
     "gram_matrix",
-    "normalize_weight",
     "normalized_conv2d",
+    "normalized_weight",
     "power_iteration",
     "sample_patch_images",
     "shuffle_patches",

@@ -1,13 +1,14 @@
-"""Time an ImageNet counterfactual and a training step, adding one change to a plain form at a time.
+"""Time an ImageNet counterfactual and a batch of training, one change to a plain form at a time.
 
     python kernels/benchmark_imagenet.py
     python kernels/benchmark_imagenet.py --tasks training --levels 0 5 --calls 1
 
 Full size, 256 x 256, batch 1, random weights. The plain form: nothing folded, float32, channels
-first, upsampling before the convolution, all 128 channels of the last one, all of VGG-16, and in
-generation the cGAN and the background's saliency, too. Level n has the first n changes. Each level
-runs in a process of its own, for its peak memory; the first call warms up, and the median of the
-next ones is printed.
+first, upsampling before the convolution, all 128 channels of the last one, all of VGG-16, spectral
+norms computed in every batch, and in generation the cGAN and the background's saliency, too. Level
+n has the first n changes. What training does once in 250 batches (Adam's step; from its level on,
+the spectral norms) is left out. Each level runs in a process of its own, for its peak memory; the
+first call warms up, and the median of the next ones is printed.
 """
 
 import argparse
@@ -29,8 +30,6 @@ from data import runs, weights  # noqa: E402
 from kernels import (  # noqa: E402
     compose,
     draw_patch_windows,
-    layers,
-    normalize_weight,
     power_iteration,
 )
 
@@ -41,7 +40,7 @@ CHEAPER_CONVOLUTIONS = 2
 CHANNELS_LAST = 3
 FOLDED = 4
 BF16 = 5
-SPECTRAL_BACKWARD = 6
+ONCE_PER_STEP = 6
 RECOMPUTE = 7
 
 GENERATION = {
@@ -59,7 +58,7 @@ TRAINING = {
     CHANNELS_LAST: "channels last, one product and sum for each norm",
     FOLDED: "frozen networks folded",
     BF16: "bf16",
-    SPECTRAL_BACKWARD: "derivative of the spectral norms in three passes",
+    ONCE_PER_STEP: "spectral norms and norms' gains once for all batches of a step",
     RECOMPUTE: "--recompute: less memory, not less time",
 }
 TASKS = {"generation": GENERATION, "training": TRAINING}
@@ -85,7 +84,6 @@ def plain_norm(norm, x, condition):
 
 def plain_upsample(convolution, x):
     """UpsampleConv2d.forward in the published order: upsample, then convolve."""
-    normalize_weight(convolution)
     x = F.interpolate(x, scale_factor=2)
     return F.conv2d(x, convolution.weight, convolution.bias, padding=1)
 
@@ -109,8 +107,6 @@ def plain_block(block, x, condition, level):
 def plain_biggan(biggan, z, y, level):
     """BigGAN.forward as published; from CHEAPER_CONVOLUTIONS on with these."""
     generator = biggan.generator
-    if biggan.training:
-        power_iteration(biggan)
     condition = torch.cat([z, biggan.class_vectors(y)], 1)
     h = generator.gen_z(condition).unflatten(1, (4, 4, -1))
     h = h.permute(0, 3, 1, 2).contiguous()  # (N, C, 4, 4)
@@ -118,26 +114,19 @@ def plain_biggan(biggan, z, y, level):
         if isinstance(layer, train_cgn.GenBlock):
             h = plain_block(layer, h, condition, level)
         else:
-            h = layer(h, condition, TRUNCATION)
+            h = layer(h, condition)
     h = plain_norm(generator.bn, h, condition)
     rgb = generator.conv_to_rgb
     if level < CHEAPER_CONVOLUTIONS:
         return rgb(h)[:, :3].tanh()
-    normalize_weight(rgb)
     return F.conv2d(h, rgb.weight[:3], rgb.bias[:3], padding=1).tanh()
-
-
-def plain_division(weight, u, v):
-    """DivideBySigma, with autograd's derivative."""
-    sigma = torch.dot(u, torch.mv(weight.flatten(1), v))
-    return weight / sigma
 
 
 def run_biggan(biggan, z, y, level):
     """Images of a BigGAN (N, 3, 256, 256), in the form of a level."""
     if level < CHANNELS_LAST:
         return plain_biggan(biggan, z, y, level)
-    return biggan(z, y, TRUNCATION)
+    return biggan(z, y)
 
 
 def random_cgn():
@@ -177,6 +166,7 @@ def make_generation(level):
 def draw_image(state, level):
     """Draw one counterfactual in the form of a level."""
     cgn, z, y = state
+    train_cgn.derive(cgn, TRUNCATION)
     premask = run_biggan(cgn.f_shape, z, y, level)
     foreground = run_biggan(cgn.f_text, z, y, level)
     background = run_biggan(cgn.f_bg, z, y, level)
@@ -188,24 +178,21 @@ def draw_image(state, level):
 
 
 # --------------------------------------------------------------------------------------------------
-# A training step
+# A batch of training
 
 
 class ImageNetState(NamedTuple):
-    """What a training step needs."""
+    """What a batch of training needs."""
 
     args: argparse.Namespace  # of train_cgn.py
     cgn: nn.Module
     vgg: nn.Module
-    optimizer: torch.optim.Optimizer
     z: torch.Tensor  # (1, 128)
     y: torch.Tensor  # (1,)
     windows: torch.Tensor  # (1, 36), see draw_patch_windows
 
 
 def make_training(level):
-    if level < SPECTRAL_BACKWARD:
-        layers.DivideBySigma.apply = plain_division  # for the rest of this process
     args = train_cgn.parse_args(["--dataset", "imagenet", "--out", "unused"])
     cgn = random_cgn().train()
     z = torch.randn(1, cgn.f_shape.z_dim)
@@ -216,13 +203,9 @@ def make_training(level):
             train_cgn.fold(frozen.eval(), TRUNCATION)
         if level >= BF16:
             frozen.bfloat16()
-
-    trainable = [parameter for parameter in cgn.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.Adam(trainable, 1e-5, fused=level >= CHANNELS_LAST)
+    train_cgn.derive(cgn, TRUNCATION)
     windows = draw_patch_windows(1, torch.Generator().manual_seed(0))
-    return ImageNetState(
-        args, cgn, make_imagenet_vgg(level), optimizer, z, torch.tensor([1]), windows
-    )
+    return ImageNetState(args, cgn, make_imagenet_vgg(level), z, torch.tensor([1]), windows)
 
 
 def make_imagenet_vgg(level):
@@ -237,9 +220,13 @@ def make_imagenet_vgg(level):
     return vgg.bfloat16() if level >= BF16 else vgg
 
 
-def train_imagenet_step(state, level):
-    """One step of the three mechanisms, in the form of a level."""
+def train_imagenet_batch(state, level):
+    """The gradients of one batch, in the form of a level."""
     cgn = state.cgn
+    if level < ONCE_PER_STEP:
+        for mechanism in (cgn.f_shape, cgn.f_text, cgn.f_bg):
+            power_iteration(mechanism)
+        derived = train_cgn.derive(cgn, TRUNCATION)
     z = state.z
     y = state.y
     z_gt = z.bfloat16() if level >= BF16 else z
@@ -258,9 +245,9 @@ def train_imagenet_step(state, level):
     mask = mask.clamp(1e-4, 1 - 1e-4)
     outputs = (premask, mask, foreground, background, saliency)
     losses, _ = train_cgn.imagenet_losses(state.args, state.vgg, outputs, x_gt, state.windows)
-    state.optimizer.zero_grad(set_to_none=True)
     sum(losses.values()).backward()
-    state.optimizer.step()
+    if level < ONCE_PER_STEP:
+        train_cgn.pass_gradients(derived)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -271,7 +258,7 @@ def measure(task, level, calls):
     """Median seconds of a call, and the peak memory of the process in GB."""
     training = task == "training"
     state = make_training(level) if training else make_generation(level)
-    call = train_imagenet_step if training else draw_image
+    call = train_imagenet_batch if training else draw_image
     call(state, level)
     seconds = []
     for _ in range(calls):

@@ -9,11 +9,11 @@ line of such a kernel ends in BAD.
 """
 
 import argparse
-import contextlib
-import io
 import os
 import re
+import subprocess
 import sys
+import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import composite, gram, patches  # noqa: E402
+from kernels import affine, composite, gram, patches  # noqa: E402
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may use
 TYPE_NAMES = {
@@ -110,6 +110,7 @@ def call_every_kernel(dtype, channels_last=False, n=2, size=256, channels=(64, 1
         if channels_last:
             features = features.to(memory_format=torch.channels_last)
         style_step(features, features.clone())
+        affine_step(features)
         if index == 0:
             style_step(features, torch.empty(n, count, count))  # a Gram matrix
     corners = torch.empty(n, 36, dtype=torch.int64)
@@ -131,6 +132,12 @@ def composite_step(dtype, n, size):
 def style_step(features, target):
     features = features.detach().requires_grad_()
     gram.fused_style_loss(features, target).backward()
+
+
+def affine_step(x):
+    gain_and_shift = torch.empty(len(x), 2 * x.shape[1], requires_grad=True)
+    y = affine.affine_forward(x.detach().requires_grad_(), gain_and_shift)
+    y.backward(torch.empty_like(y))
 
 
 def all_launches(every_config):
@@ -167,13 +174,15 @@ def compile_launch(launch, sm):
     kernel = getattr(sys.modules[launch.module], launch.kernel)
     if isinstance(kernel, triton.runtime.Autotuner):
         kernel = kernel.fn
-    triton.knobs.nvidia.dump_ptxas_log = True
-    triton.knobs.compilation.always_compile = True
     source = ASTSource(kernel, launch.signature, launch.constants, launch.attributes)
-    with contextlib.redirect_stdout(io.StringIO()) as log:
-        compiled = triton.compile(source, GPUTarget("cuda", sm, 32), launch.options)
-    registers = int(re.search(r"Used (\d+) registers", log.getvalue())[1])
-    spilled = sum(int(count) for count in re.findall(r"(\d+) bytes spill", log.getvalue()))
+    compiled = triton.compile(source, GPUTarget("cuda", sm, 32), launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    spilled = int(re.search(r"STACK:(\d+)", usage)[1])  # these kernels have no arrays of their own
     return registers, spilled, compiled.metadata.shared
 
 

@@ -1,8 +1,8 @@
 """The definition, in plain PyTorch, of the operations that a CGN step needs beside its networks.
 
-These are the mask composite with its losses, the style loss of Gram matrices, and the patch images.
-The Triton kernels in composite.py, gram.py and patches.py are tested against what stands here, and
-run on CUDA tensors. `backend="triton"` or `"eager"` asks for one of the two; `"auto"` takes Triton
+These are the mask composite with its losses, the style loss of Gram matrices, the patch images, and
+the conditional norms' gain, shift and ReLU. The Triton kernels in composite.py, gram.py, patches.py
+and affine.py are tested against what stands here, and run on CUDA tensors. `backend="triton"` or `"eager"` asks for one of the two; `"auto"` takes Triton
 wherever it can run.
 """
 
@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from kernels.layers import without_autocast
 
 try:
-    from kernels import composite, gram, patches
+    from kernels import affine, composite, gram, patches
 except ImportError:  # no Triton for this platform
+    affine = None
     composite = None
     gram = None
     patches = None
@@ -362,3 +363,45 @@ def tile_windows(image, corners, patch_size, grid):
     chosen = chosen.unflatten(1, (grid, grid))  # (N, row, column, 3, patch, patch)
     tiled = chosen.permute(0, 3, 1, 4, 2, 5)  # (N, 3, row, patch, column, patch)
     return tiled.reshape(n, 3, grid * patch_size, grid * patch_size)
+
+
+# --------------------------------------------------------------------------------------------------
+# Conditional norms
+
+
+class AffineRelu(torch.autograd.Function):
+    """relu(x * gain + shift); the derivative looks at the result for where the ReLU was open."""
+
+    @staticmethod
+    def forward(ctx, x, gain, shift):
+        y = torch.addcmul(shift, x, gain).relu_()
+        ctx.save_for_backward(x, gain, y)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        x, gain, y = ctx.saved_tensors
+        gradient = torch.ops.aten.threshold_backward(gradient, y, 0)
+        gain_gradient = (gradient * x).sum((2, 3), keepdim=True)
+        shift_gradient = gradient.sum((2, 3), keepdim=True)
+        return gradient.mul_(gain), gain_gradient, shift_gradient
+
+
+def affine_relu(x, gain_and_shift, *, backend="auto"):
+    """Return relu(x * gain + shift), in x's dtype and layout: what a conditional norm comes down to.
+
+    x: (N, C, H, W). gain_and_shift: (N, 2 C), the gains of each image's channels, then the shifts,
+    in x's dtype or float32. There is no second derivative.
+    ValueError: shapes that do not fit together, or a backend that cannot run.
+    """
+    n, channels = x.shape[:2]
+    if x.ndim != 4 or gain_and_shift.shape != (n, 2 * channels):
+        raise ValueError(
+            "x should be (N, C, H, W) and gain_and_shift (N, 2 C), not "
+            f"{tuple(x.shape)} and {tuple(gain_and_shift.shape)}"
+        )
+    if use_triton(backend, x, gain_and_shift):
+        return affine.affine_forward(x, gain_and_shift)
+    gain, shift = gain_and_shift.to(x.dtype)[..., None, None].chunk(2, 1)
+    return AffineRelu.apply(x, gain, shift)

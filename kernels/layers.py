@@ -91,34 +91,12 @@ def normalized_conv2d(x, norm, convolution):
     )
 
 
-class DivideBySigma(torch.autograd.Function):
-    """weight / sigma with sigma = u^T W v; backward passes three times over the weight."""
-
-    @staticmethod
-    def forward(ctx, weight, u, v):
-        matrix = weight.flatten(1)  # (out, in * kernel * kernel)
-        with without_autocast(weight):
-            sigma = torch.dot(u, torch.mv(matrix, v))
-        normalized = weight / sigma
-        ctx.save_for_backward(normalized, u, v, sigma)
-        return normalized
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        normalized, u, v, sigma = ctx.saved_tensors
-        share = torch.dot(gradient.flatten(), normalized.flatten())
-        matrix = torch.addr(gradient.flatten(1), -share * u, v)
-        matrix.div_(sigma)
-        return matrix.view_as(normalized), None, None
-
-
 @torch.no_grad()
 def power_iteration(network):
     """Improve the estimated singular vectors of every spectral layer; once per training step."""
     with without_autocast(next(network.parameters())):
         for layer in network.modules():
-            if not hasattr(layer, "weight_u"):
+            if not hasattr(layer, "weight_orig"):
                 continue
             matrix = layer.weight_orig.flatten(1)  # (out, in * kernel * kernel)
             u = layer.weight_u
@@ -129,22 +107,23 @@ def power_iteration(network):
             u.copy_(F.normalize(new_u, dim=0, eps=1e-4))
 
 
-def normalize_weight(layer, inputs=None):
-    """Set layer.weight to layer.weight_orig divided by its estimated largest singular value.
+def normalized_weight(layer):
+    """A spectral layer's weight_orig divided by its estimated largest singular value u^T W v.
 
-    It is the forward pre-hook of `spectral`, which is why it takes the inputs and ignores them. The
-    vectors are cloned: power_iteration may change them before the backward pass.
+    The vectors are constants to its derivative, which power_iteration must not come before.
     """
-    u = layer.weight_u.clone()
-    v = layer.weight_v.clone()
-    layer.weight = DivideBySigma.apply(layer.weight_orig, u, v)
+    matrix = layer.weight_orig.flatten(1)  # (out, in * kernel * kernel)
+    with without_autocast(matrix):
+        sigma = torch.dot(layer.weight_u, torch.mv(matrix, layer.weight_v))
+    return layer.weight_orig / sigma
 
 
 def spectral(layer):
     """Give a layer spectral normalization (Miyato et al. 2018) and return it.
 
     Its state has the names of the published files: weight_orig, weight_u (rows) and weight_v
-    (columns). The singular vectors move only when power_iteration is called.
+    (columns). The singular vectors move only when power_iteration is called, and layer.weight is
+    for the caller to set to normalized_weight(layer): once for each change of weight_orig.
     """
     weight = layer._parameters.pop("weight")
     layer.register_parameter("weight_orig", weight)
@@ -153,8 +132,6 @@ def spectral(layer):
     layer.register_buffer("weight_u", F.normalize(u, dim=0))
     v = torch.randn(weight[0].numel(), device=weight.device)
     layer.register_buffer("weight_v", F.normalize(v, dim=0))
-
-    layer.register_forward_pre_hook(normalize_weight)
     return layer
 
 

@@ -28,16 +28,19 @@ from parallel import pytest_addoption, pytest_runtestloop  # noqa: E402, F401  (
 
 
 def repair_interpreter():
-    """Triton 3.6's interpreter takes int() of arrays of one element, which numpy 2.4 refuses."""
+    """Triton 3.4's and 3.6's interpreters take int() of arrays of one element, which numpy 2.4
+    refuses.
+    """
     try:
         from triton.runtime import interpreter
     except ImportError:
         return
     original = interpreter._patch_lang_tensor
 
-    def patch(tensor, scope):
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+    def patch(tensor, *scope):
+        original(tensor, *scope)
+        set_attribute = scope[0].set_attr if scope else setattr  # Triton 3.4 has no scopes
+        set_attribute(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
     interpreter._patch_lang_tensor = patch
 

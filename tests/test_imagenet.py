@@ -34,7 +34,7 @@ from data import imagenet, runs
 from data.pretrained.scenes import draw_scenes
 from data.weights import U2Net
 from kernels import layers
-from train_cgn import SMALL, BigGAN, ImageNetCGN, fold, truncated_normal
+from train_cgn import SMALL, BigGAN, ImageNetCGN, derive, fold, truncated_normal
 
 
 def close(actual, expected, relative=1e-4):
@@ -55,10 +55,11 @@ def test_biggan_reproduces_published_outputs_also_folded(file):
     biggan.load_state_dict(content["state_dict"])
     for truncation, images in content["outputs"].items():
         folded = fold(copy.deepcopy(biggan), truncation)
+        derive(biggan, truncation)
         with torch.no_grad():
-            close(biggan(z, y, truncation), images)
-            close(folded(z, y, truncation), images)
-            close(biggan(z, biggan.class_vectors(y), truncation), images)
+            close(biggan(z, y), images)
+            close(folded(z, y), images)
+            close(biggan(z, biggan.class_vectors(y)), images)
     names = folded.state_dict()
     assert not any("weight_orig" in name or "running" in name for name in names)
 
@@ -104,8 +105,9 @@ def test_bundled_small_networks_show_objects_and_find_them():
     u2net.load_state_dict(states["u2net"])
     z = truncated_normal((16, 32), torch.Generator().manual_seed(5))
     y = torch.arange(16) * 60
+    derive(biggan, 1.0)
     with torch.no_grad():
-        image = biggan(z, y, 1.0)
+        image = biggan(z, y)
         scene, background, truth = draw_scenes(z, biggan.class_vectors(y))
         mask = u2net(image)
         empty = u2net(background)
@@ -150,19 +152,13 @@ def test_statistics_between_grid_points_and_where_the_grid_is_inexact(truncation
     assert mean[0].item() == pytest.approx(row, abs=1e-4)
 
 
-def test_spectral_norm_divides_by_the_largest_singular_value_with_its_gradient():
+def test_spectral_norm_divides_by_the_largest_singular_value():
     torch.manual_seed(0)
     layer = layers.spectral(torch.nn.Linear(6, 4, bias=False)).double()
     for _ in range(200):
         layers.power_iteration(layer)
-    layer(torch.zeros(1, 6, dtype=torch.float64))
     largest = torch.linalg.svdvals(layer.weight_orig)[0]
-    close(layer.weight, layer.weight_orig / largest, 1e-6)
-
-    weight = torch.randn(4, 3, 2, dtype=torch.float64, requires_grad=True)
-    u = layer.weight_u
-    v = layer.weight_v
-    assert torch.autograd.gradcheck(lambda w: layers.DivideBySigma.apply(w, u, v), (weight,))
+    close(layers.normalized_weight(layer), layer.weight_orig / largest, 1e-6)
 
 
 def test_truncated_normal_is_that():
@@ -181,31 +177,61 @@ def test_frozen_networks_stay_and_mechanisms_learn():
     trainable = {name.split(".")[0] for name, p in cgn.named_parameters() if p.requires_grad}
     assert trainable == {"f_shape", "f_text", "f_bg"}
 
-    outputs = cgn(torch.randn(2, 32), torch.tensor([[1, 2, 3], [4, 5, 6]]), 1.0)
+    derived = derive(cgn, 1.0)
+    outputs = cgn(torch.randn(2, 32), torch.tensor([[1, 2, 3], [4, 5, 6]]))
     channels = [3, 1, 3, 3, 1]
     assert [tuple(x.shape) for x in outputs] == [(2, c, 64, 64) for c in channels]
     sum(x.sum() for x in outputs).backward()
+    train_cgn.pass_gradients(derived)
     for mechanism in (cgn.f_shape, cgn.f_text, cgn.f_bg):
         assert all(parameter.grad is not None for parameter in mechanism.parameters())
 
 
-def test_recomputed_activations_give_the_same_gradients_and_singular_vectors():
+def test_gradients_pass_through_what_was_derived():
+    """Two batches gather in the leaves; the sum is as if every batch had derived its own."""
+    torch.manual_seed(0)
+    biggan = BigGAN(**SMALL).double()
+    biggan.generator.layers[4].gamma.data += 0.5  # attention, which is off at first
+    layers.power_iteration(biggan)
+    apart = copy.deepcopy(biggan)
+    batches = [(torch.randn(2, 32, dtype=torch.float64), torch.tensor([k, k + 1])) for k in (1, 5)]
+
+    derived = derive(biggan, 0.5)
+    for z, y in batches:
+        biggan(z, y).square().mean().backward()
+    train_cgn.pass_gradients(derived)
+
+    # With nothing detached, autograd goes all the way.
+    for z, y in batches:
+        for layer in apart.modules():
+            if hasattr(layer, "weight_orig"):
+                layer.weight = layers.normalized_weight(layer)
+        for norm in apart.modules():
+            if isinstance(norm, train_cgn.ConditionalNorm):
+                norm.affine_weight, norm.affine_bias = norm.affine(0.5)
+        apart(z, y).square().mean().backward()
+    for (name, one), two in zip(biggan.named_parameters(), apart.parameters()):
+        assert two.grad.abs().max() > 0, name
+        close(one.grad, two.grad, 1e-9)
+
+
+def test_recomputed_activations_give_the_same_gradients():
     torch.manual_seed(0)
     cgn = ImageNetCGN(True, **SMALL).train()
     z = torch.randn(2, 32)
     y = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    gradients, vectors = [], []
+    gradients = []
     for recompute in (False, True):
         network = copy.deepcopy(cgn)
         for mechanism in (network.f_shape, network.f_text, network.f_bg):
             mechanism.recompute = recompute
-        sum(x.square().mean() for x in network(z, y, 1.0)).backward()
+        layers.power_iteration(network)
+        derived = derive(network, 1.0)
+        sum(x.square().mean() for x in network(z, y)).backward()
+        train_cgn.pass_gradients(derived)
         gradients.append([p.grad for p in network.parameters() if p.requires_grad])
-        state = network.state_dict()
-        vectors.append([value for name, value in state.items() if name.endswith("weight_u")])
     assert len(gradients[0]) > 0
     assert same(*gradients)
-    assert same(*vectors)
 
 
 def test_random_networks_are_seeded_and_have_contrast():
@@ -220,8 +246,9 @@ def test_random_networks_are_seeded_and_have_contrast():
     saliency = U2Net(small=True).eval()
     saliency.load_state_dict(u2net)
     z = truncated_normal((6, 32), torch.Generator().manual_seed(0))
+    derive(network, 1.0)
     with torch.no_grad():
-        images = network(z, torch.arange(6) * 150, 1.0)
+        images = network(z, torch.arange(6) * 150)
         masks = saliency(images)
     assert images.std() > 0.3
     assert images.std((2, 3)).mean() > 0.1
@@ -313,7 +340,8 @@ def test_accumulated_gradients_are_the_mean_of_the_batches(tmp_path):
     for first, mean, both in zip(first_steps, second_steps, both_batches):
         second = mean - 0.9 * first
         assert (first - second).norm() > 0.1 * first.norm() > 0
-        close(both, (first + second) / 2, 1e-5)
+        # Two steps have one power iteration more than one.
+        close(both, (first + second) / 2, 2e-3)
 
 
 def test_two_ranks_have_the_gradients_of_their_joint_batch(tmp_path):

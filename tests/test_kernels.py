@@ -15,6 +15,7 @@ from conftest import ROOT, run
 import kernels
 import train_cgn
 from kernels import (
+    affine_relu,
     benchmark,
     compose,
     composite_losses,
@@ -73,7 +74,7 @@ def laid_out(x, layout):
 # The standing of the files
 
 
-@pytest.mark.parametrize("name", ["composite.py", "gram.py", "patches.py"])
+@pytest.mark.parametrize("name", ["affine.py", "composite.py", "gram.py", "patches.py"])
 def test_triton_files_can_be_copied_alone(name):
     """They import nothing but torch, triton and the standard library."""
     allowed = sys.stdlib_module_names | {"torch", "triton"}
@@ -470,6 +471,70 @@ def test_patch_images_as_published_come_from_the_mask():
 
 
 # --------------------------------------------------------------------------------------------------
+# Conditional norms
+
+
+def affine_run(inputs, dtype, layout, backend):
+    """The result, and the gradients of x and of gains and shifts, which are float32 at least."""
+    x, gain_and_shift, gradient = inputs
+    x = laid_out(x.to(dtype), layout)
+    gain_and_shift = gain_and_shift.to(torch.promote_types(dtype, torch.float32))
+    leaf = gain_and_shift.clone().requires_grad_()
+    y = affine_relu(x, leaf, backend=backend)
+    y.backward(gradient.to(dtype))
+    return y.detach(), x.grad, leaf.grad
+
+
+AFFINE_SHAPES = [
+    (1, 1, 1, 1, "contiguous"),
+    (5, 3, 7, 33, "slice"),
+    (2, 17, 33, 7, "channels last"),  # fewer channels than a tile has
+    (2, 130, 7, 32, "channels last"),  # two blocks of channels and two channels
+    (1, 64, 50, 50, "channels last"),  # programs share the positions
+    (2, 5, 50, 50, "contiguous"),  # more than a tile of positions
+    (2, 6, 9, 8, "transposed"),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, channels, height, width, layout", AFFINE_SHAPES)
+def test_affine_relu(n, channels, height, width, layout, dtype):
+    torch.manual_seed(0)
+    images = torch.randn(2, n, channels, height, width).to(dtype)
+    x, gradient = images.to(DEVICE).double()
+    gain_and_shift = torch.randn(n, 2 * channels, device=DEVICE).double()
+    inputs = (x, gain_and_shift, gradient)
+    results = affine_run(inputs, dtype, layout, "triton")
+    expected = affine_run(inputs, torch.float64, layout, "eager")
+    for name, actual, exact in zip(("y", "x", "gains and shifts"), results, expected):
+        close(actual, exact, TOLERANCES[dtype], name)
+    y, grad_x, grad_affine = results
+    assert y.dtype == grad_x.dtype == dtype
+    assert grad_affine.dtype == torch.float32
+    if layout == "channels last":
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert grad_x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_eager_affine_relu_is_the_formula_with_its_gradient():
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    gain_and_shift = torch.randn(2, 6, dtype=torch.float64, requires_grad=True)
+    gain, shift = gain_and_shift[..., None, None].chunk(2, 1)
+    torch.testing.assert_close(affine_relu(x, gain_and_shift), (x * gain + shift).relu())
+    assert torch.autograd.gradcheck(affine_relu, (x, gain_and_shift))
+
+
+def test_affine_relu_keeps_nan():
+    x = torch.randn(2, 3, 4, 4, device=DEVICE)
+    x[1, 2, 3, 3] = torch.nan
+    gain_and_shift = torch.randn(2, 6, device=DEVICE)
+    for backend in ("triton", "eager"):
+        y = affine_relu(x, gain_and_shift, backend=backend)
+        assert y.isnan().sum() == 1 and y[1, 2, 3, 3].isnan()
+
+
+# --------------------------------------------------------------------------------------------------
 # BatchNorm within a convolution
 
 
@@ -532,6 +597,9 @@ def test_operators_are_registered_properly():
     )
     signs = torch.ones(2, 20, 20, dtype=torch.int8, device=DEVICE)
     check(operators.style_backward.default, (signs, features, one))
+    gain_and_shift = torch.randn(2, 40, device=DEVICE, requires_grad=True)
+    check(operators.affine_forward.default, (leaf, gain_and_shift))
+    check(operators.affine_backward.default, (features, gain_and_shift.detach(), features))
 
 
 def hot_path(mask, foreground, background, target):
@@ -581,6 +649,8 @@ def test_offsets_past_31_bits():
             close(x, y, TOLERANCES[x.dtype])
         style = style_loss(far, other, backend="triton")
         close(style, style_loss(near, other, backend="eager"), 1e-4)
+        ones = torch.ones(2, 6, device=DEVICE)
+        close(affine_relu(far, ones, backend="triton"), affine_relu(near, ones), 2**-7)
 
 
 def test_same_bits_in_every_run():
@@ -588,17 +658,20 @@ def test_same_bits_in_every_run():
     gradients = output_gradients(3, 33, 40)
     both = torch.randn(2, 2, 70, 20, 20, device=DEVICE)
     features, target = both
+    gain_and_shift = torch.randn(2, 140, device=DEVICE)
     results = []
     for _ in range(2):
         outputs, _, grads = composite_run(inputs, torch.float32, "contiguous", "triton", gradients)
         style = style_run(features, target, torch.float32, "contiguous", "triton")
-        results.append([*outputs, *grads, *style])
+        norm = affine_run((features, gain_and_shift, target), torch.float32, "slice", "triton")
+        results.append([*outputs, *grads, *style, *norm])
     for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts what a kernel moves")
-def test_composite_moves_13_elements_per_pixel_and_20_back(monkeypatch):
+@pytest.fixture
+def moved(monkeypatch):
+    """A list of how many elements each load and store of a kernel moves."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     moved = []
@@ -611,7 +684,11 @@ def test_composite_moves_13_elements_per_pixel_and_20_back(monkeypatch):
             return original(self, *args)
 
         monkeypatch.setattr(InterpreterBuilder, name, counting)
+    return moved
 
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts what a kernel moves")
+def test_composite_moves_13_elements_per_pixel_and_20_back(moved):
     n = 2
     side = 64
     *leaves, target = float_inputs(n, side, side)
@@ -625,6 +702,20 @@ def test_composite_moves_13_elements_per_pixel_and_20_back(monkeypatch):
     partial = 3 * pixels // eager.composite.BLOCK
     assert forward == 13 * pixels + partial + n  # the sums of each program, and the mean masks
     assert sum(moved) == 20 * pixels
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts what a kernel moves")
+def test_affine_relu_moves_2_elements_and_3_back(moved):
+    x = torch.randn(2, 64, 48, 48).to(memory_format=torch.channels_last).requires_grad_()
+    y = affine_relu(x, torch.randn(2, 128), backend="triton")
+    block_p, _ = eager.affine.tile_sizes(x)
+    tiles = 48 * 48 // block_p
+    assert sum(moved) == 2 * x.numel() + tiles * 2 * 128  # gains and shifts for each tile
+    moved.clear()
+    y.backward(y.detach())
+    _, shares = eager.affine.count_shares(x)
+    assert shares > 1
+    assert sum(moved) == 3 * x.numel() + shares * 2 * 128 * 2  # and their sums
 
 
 # --------------------------------------------------------------------------------------------------
@@ -652,6 +743,8 @@ def test_what_cannot_run_says_why():
     windows = torch.zeros(3, 36, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"windows should be .*\(2, 36\), not \(3, 36\)"):
         sample_patch_images(image, mask, windows)
+    with pytest.raises(ValueError, match=r"gain_and_shift \(N, 2 C\), not .* \(2, 3\)"):
+        affine_relu(image, torch.rand(2, 3))
     mask = mask.double()
     image = image.double()
     losses = composite_losses(mask, image, image)
@@ -678,7 +771,17 @@ def test_kernels_compile_for_gpus_of_three_generations_without_spilling():
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "BAD" not in done.stdout
-    names = ("forward", "finish", "backward", "difference", "absolute", "style_backward", "gather")
+    names = (
+        "forward",
+        "finish",
+        "backward",
+        "difference",
+        "absolute",
+        "style_backward",
+        "gather",
+        "affine_forward",
+        "affine_backward",
+    )
     lines = done.stdout.splitlines()
     for name in names:
         for generation in ("sm_80", "sm_90", "sm_100"):

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 import train_cgn
 from data import imagenet, pictures, runs, weights
-from kernels import compose
+from kernels import compose, power_iteration
 
 
 class Scenes(NamedTuple):
@@ -88,28 +88,30 @@ def make_optimizer(network, lr, steps):
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
-def update(optimizer, schedule, loss):
-    """One step down the gradient of the loss."""
+def update(optimizer, schedule, loss, derived=()):
+    """One step down the gradient of the loss. derived: of train_cgn.derive."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    train_cgn.pass_gradients(derived)
     optimizer.step()
     schedule.step()
 
 
 def train_biggan(biggan, steps, generator):
     """Let the BigGAN draw the scenes of its latents and classes."""
-    biggan.train()
     optimizer, schedule = make_optimizer(biggan, 6e-3, steps)
     for step in range(1, steps + 1):
         z, y, scenes = draw_batch(biggan, 32, generator)
+        power_iteration(biggan)
+        derived = train_cgn.derive(biggan, 1.0)
         with torch.autocast("cpu", torch.bfloat16):
-            image = biggan(z, y, 1.0)
+            image = biggan(z, y)
         error = (image - scenes.image).abs()
         loss = (error * (1 + 2 * scenes.mask)).mean()
-        update(optimizer, schedule, loss)
+        update(optimizer, schedule, loss, derived)
         if step % 100 == 0:
             print(f"BigGAN {step}/{steps}  loss {loss.item():.4f}", flush=True)
-    biggan.eval()
+    train_cgn.derive(biggan, 1.0)
 
 
 def train_u2net(u2net, biggan, steps, generator):
@@ -120,7 +122,7 @@ def train_u2net(u2net, biggan, steps, generator):
         z, y, scenes = draw_batch(biggan, 16, generator)
         image, background, mask = scenes
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            image[8:] = biggan(z[8:], y[8:], 1.0)
+            image[8:] = biggan(z[8:], y[8:])
         empty = torch.rand(16, generator=generator) < 0.3  # scenes without an object
         image[empty] = background[empty]
         mask[empty] = 0.0
@@ -140,7 +142,7 @@ def make_sheet(biggan, u2net, generator):
     the U^2-Net's of the background alone.
     """
     z, y, scenes = draw_batch(biggan, 8, generator)
-    image = biggan(z, y, 1.0)
+    image = biggan(z, y)
     columns = [
         pictures.to_unit(scenes.image),
         pictures.to_unit(image),

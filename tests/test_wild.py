@@ -2,6 +2,7 @@
 git, output that nobody reads.
 """
 
+import errno
 import io
 import os
 import shlex
@@ -13,7 +14,7 @@ import time
 
 import pytest
 import torch
-from conftest import load, run, same, start
+from conftest import ROOT, load, run, same, start
 from PIL import Image
 
 import generate
@@ -289,6 +290,47 @@ def test_odd_surroundings_and_names(digits_dir, tiny, tmp_path, monkeypatch):
     flags = ["--data-dir", root / "digits", "--epochs", 1, "--max-steps", 1, "--device", "cpu"]
     run(*hint, *flags)
     assert (root / "out" / "results.json").is_file()
+
+
+def test_a_run_writes_beside_nothing_but_its_folder(digits_dir, tiny, tmp_path):
+    """So data on a read-only disk will do."""
+
+    def state():
+        return {path: path.stat().st_mtime_ns for path in [digits_dir, *digits_dir.rglob("*")]}
+
+    before = state()
+    run("train_cgn.py", "--dataset", "colored_mnist", *tiny, "--out", tmp_path / "out")
+    assert state() == before
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def refuse(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with runs.lock_file(tmp_path / ".lock"):
+        assert runs.lock_file(tmp_path / ".lock")  # nothing keeps a second process out there
+
+
+def test_rates_do_not_follow_a_clock_that_is_set(tmp_path, monkeypatch, capsys):
+    """Nor does a resumed run count the steps of the one before."""
+    moment = [100.0]
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    monkeypatch.setattr(time, "monotonic", lambda: moment[0])
+    log = runs.Log(tmp_path / "log.jsonl", step=500)
+    moment[0] += 10
+    log.progress(520, 1000, {})
+    assert "520/1000  2.0 steps/s  4:00 left" in capsys.readouterr().out
+
+
+def test_without_assertions(untrained, tmp_path):
+    """python -O leaves them out: nothing may depend on them."""
+    flags = ["--weights", untrained, "--n", 10, "--device", "cpu", "--out", tmp_path / "out"]
+    command = [sys.executable, "-O", ROOT / "generate.py", *flags]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    assert len(load(tmp_path / "out" / "chunk_00000.pt")["images"]) == 10
 
 
 def test_a_folder_whose_name_looks_like_a_pattern(tmp_path):

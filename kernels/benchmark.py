@@ -1,12 +1,14 @@
-"""Time the composite, the style loss and the patch images: PyTorch, torch.compile and Triton.
+"""Time the composite, style loss, patch images and norms: PyTorch, torch.compile and Triton.
 
     python kernels/benchmark.py          # everything; a table here, CSV and Markdown in --out
     python kernels/benchmark.py --operations composite --shapes imagenet --dtypes float32
 
-The variants take turns, so that a slow moment of the machine hits all of them. Inputs rotate
-through more memory than the cache holds. The result of every timed call is compared with that of
-the eager form and then overwritten with NaN: a variant that leaves its output unwritten finds NaN
-there the next time.
+The variants take turns, so that a slow moment of the machine hits all of them. Before each call the
+cache is filled with something else, and a GPU is kept waiting until Python has launched everything:
+"median us" is the device's time, "host us" Python's. The result of every timed call is compared
+with that of the eager form and then overwritten with NaN: a variant that leaves its output
+unwritten finds NaN there the next time. Inputs are as in training: images channels last, the
+composite with its copy for VGG-16.
 
 "MB moved" is, for PyTorch, what its operations read and write one after the other; for
 torch.compile, which fuses as it likes, inputs and outputs once; for Triton, what the kernels read
@@ -29,20 +31,25 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import (  # noqa: E402  (needs the path above)
-    composite_losses,
+    affine_relu,
+    composite_losses_and_copy,
     eager,
     sample_patch_images,
     style_loss,
 )
 
-OPERATIONS = ("composite", "style", "patches")
-BATCHES = {"mnist": (32, (16, 64, 512)), "imagenet": (256, (1, 4, 16))}  # size, numbers of images
+OPERATIONS = ("composite", "style", "patches", "affine")
+BATCHES = {"mnist": (32, (32, 512)), "imagenet": (256, (4, 16))}  # size, numbers of images
 VGG_LAYERS = {  # channels, and how much smaller than the image
     "relu1_2": (64, 1),
     "relu2_2": (128, 2),
     "relu3_3": (256, 4),
     "relu4_3": (512, 8),
 }
+NORMS = ((128, 256), (512, 64))  # channels and side of some of BigGAN-deep-256's conditional norms
+COPY_DTYPE = torch.bfloat16  # of the composite's copy
+FLUSH = {"cuda": 2**28, "cpu": 2**26}  # bytes to write before a call: more than a cache holds
+PAUSE = 4_000_000  # cycles that a GPU waits before a call, about 2 ms
 PHASES = ("forward", "backward", "both")
 COLUMNS = (
     "operation",
@@ -52,6 +59,7 @@ COLUMNS = (
     "phase",
     "median us",
     "spread %",
+    "host us",
     "of eager",
     "of compile",
     "MB moved",
@@ -87,20 +95,27 @@ def composite_formula(mask, foreground, background, target):
     mask_mean = mask.mean((1, 2, 3))
     below = torch.clamp(0.1 - mask_mean, min=0)
     above = torch.clamp(mask_mean - 0.9, min=0)
-    return composite, l1, binary, mask_mean, (below + above).mean()
+    copy = composite.to(COPY_DTYPE)
+    return composite, l1, binary, mask_mean, (below + above).mean(), copy
 
 
-def composite_eager(mask, foreground, background, target):
-    return tuple(composite_losses(mask, foreground, background, target, backend="eager"))
+def composite_eager(*inputs):
+    losses, copy = composite_losses_and_copy(*inputs, copy_dtype=COPY_DTYPE, backend="eager")
+    return *losses, copy
 
 
-def composite_triton(mask, foreground, background, target):
-    return tuple(composite_losses(mask, foreground, background, target, backend="triton"))
+def composite_triton(*inputs):
+    losses, copy = composite_losses_and_copy(*inputs, copy_dtype=COPY_DTYPE, backend="triton")
+    return *losses, copy
+
+
+def channels_last(*tensors):
+    return [x.contiguous(memory_format=torch.channels_last) for x in tensors]
 
 
 def composite_inputs(n, size, dtype, device):
     images = torch.randn(3, n, 3, size, size, device=device).to(dtype)
-    foreground, background, target = images
+    foreground, background, target = channels_last(*images)
     mask = torch.rand(n, 1, size, size, device=device)
     mask = mask.clamp(1e-4, 1 - 1e-4).to(dtype)
     if dtype == torch.bfloat16:
@@ -109,7 +124,8 @@ def composite_inputs(n, size, dtype, device):
 
 
 def composite_case(n, size, dtype, device):
-    elements = n * size**2 * dtype.itemsize
+    image = n * size**2 * dtype.itemsize
+    copy = 3 * n * size**2 * COPY_DTYPE.itemsize
     return Case(
         operation="composite",
         shape=f"{n} x {size}^2",
@@ -120,7 +136,7 @@ def composite_case(n, size, dtype, device):
             "eager": composite_eager,
             "triton": composite_triton,
         },
-        triton_bytes=(13 * elements, 20 * elements),
+        triton_bytes=(13 * image + copy, 20 * image + copy),
     )
 
 
@@ -132,11 +148,36 @@ def style_triton(features, target):
     return (style_loss(features, target, backend="triton"),)
 
 
+class ProductsInHalf(torch.autograd.Function):
+    """The style loss by PyTorch's matrix products of half-precision numbers, summed in float32."""
+
+    @staticmethod
+    def forward(ctx, features, target):
+        grams = []
+        for x in (features, target):
+            flat = x.flatten(2)  # (N, C, H W)
+            grams.append(torch.bmm(flat, flat.transpose(1, 2), out_dtype=torch.float32))
+        difference = (grams[0] - grams[1]) / features[0].numel()
+        ctx.save_for_backward(features, difference)
+        return difference.abs().mean()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        features, difference = ctx.saved_tensors
+        scale = 2 * gradient / (features[0].numel() * difference.numel())
+        signs = difference.sign().to(features.dtype)
+        product = torch.bmm(features.flatten(2).transpose(1, 2), signs)  # (N, H W, C)
+        product = product.transpose(1, 2).unflatten(2, features.shape[2:])
+        return product * scale.to(features.dtype), None
+
+
+def style_products(features, target):
+    return (ProductsInHalf.apply(features, target),)
+
+
 def style_inputs(n, channels, side, dtype, device):
     both = torch.randn(2, n, channels, side, side, device=device)
-    features, target = both.relu_().to(dtype)
-    features = features.contiguous(memory_format=torch.channels_last)
-    target = target.contiguous(memory_format=torch.channels_last)
+    features, target = channels_last(*both.relu_().to(dtype))
     return [features], [target]
 
 
@@ -156,12 +197,15 @@ def style_case(n, size, layer, dtype, device):
     # Half of each float32 matrix of sums is written and read, and the int8 signs are written.
     forward = two_features + gram * (4 * splits + 1)
     backward = two_features + gram
+    variants = {"eager": style_eager, "triton": style_triton}
+    if device.type == "cuda" and dtype != torch.float32:
+        variants["products"] = style_products
     return Case(
         operation="style",
         shape=f"{layer} {n} x {channels} x {side}^2",
         dtype=dtype,
         make_inputs=functools.partial(style_inputs, n, channels, side, dtype, device),
-        variants={"eager": style_eager, "triton": style_triton},
+        variants=variants,
         triton_bytes=(forward, backward),
         flops=(4 * elements * channels, 2 * elements * channels),
     )
@@ -194,6 +238,31 @@ def patches_case(n, size, dtype, device):
     )
 
 
+def affine_eager(x, gain_and_shift):
+    return (affine_relu(x, gain_and_shift, backend="eager"),)
+
+
+def affine_triton(x, gain_and_shift):
+    return (affine_relu(x, gain_and_shift, backend="triton"),)
+
+
+def affine_inputs(n, channels, side, dtype, device):
+    (x,) = channels_last(torch.randn(n, channels, side, side, device=device).to(dtype))
+    return [x, torch.randn(n, 2 * channels, device=device).to(dtype)], []
+
+
+def affine_case(n, channels, side, dtype, device):
+    elements = n * channels * side**2 * dtype.itemsize
+    return Case(
+        operation="affine",
+        shape=f"{n} x {channels} x {side}^2",
+        dtype=dtype,
+        make_inputs=functools.partial(affine_inputs, n, channels, side, dtype, device),
+        variants={"eager": affine_eager, "triton": affine_triton},
+        triton_bytes=(2 * elements, 3 * elements),
+    )
+
+
 def all_cases(args, dtypes, device):
     for dtype in dtypes:
         for shapes in args.shapes:
@@ -203,6 +272,9 @@ def all_cases(args, dtypes, device):
                     yield composite_case(n, size, dtype, device)
                 if "patches" in args.operations and shapes == "imagenet":
                     yield patches_case(n, size, dtype, device)
+                if "affine" in args.operations and shapes == "imagenet":
+                    for channels, side in NORMS:
+                        yield affine_case(n, channels, side, dtype, device)
                 if "style" in args.operations:
                     for layer in VGG_LAYERS:
                         yield style_case(n, size, layer, dtype, device)
@@ -257,12 +329,13 @@ def bytes_by_variant(case):
     """Variant -> bytes moved in each phase."""
     moved = {}
     for name, function in case.variants.items():
-        if name != "triton":
+        if name not in ("triton", "products"):
             leaves, others = case.make_inputs()
             moved[name], least = count_bytes(function, leaves, others)
             if name == "eager":
                 moved["compile"] = least
     moved["triton"] = case.triton_bytes or moved["compile"]
+    moved["products"] = moved["compile"]
     return moved
 
 
@@ -270,20 +343,28 @@ def bytes_by_variant(case):
 # How long it takes
 
 
+@functools.cache
+def cache_filler(device):
+    return torch.empty(FLUSH[device.type], dtype=torch.uint8, device=device)
+
+
 def stopwatch(device, function, *args):
-    """Seconds that function(*args) takes on the device, and its result."""
+    """Seconds that function(*args) takes on the device, and Python's; and its result."""
+    cache_filler(device).zero_()
     if device.type == "cuda":
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
+        torch.cuda._sleep(PAUSE)
         start.record()
-        result = function(*args)
+    begun = time.perf_counter()
+    result = function(*args)
+    host = time.perf_counter() - begun
+    if device.type == "cuda":
         end.record()
         torch.cuda.synchronize()
-        return start.elapsed_time(end) / 1000, result
-    start = time.perf_counter()
-    result = function(*args)
-    return time.perf_counter() - start, result
+        return start.elapsed_time(end) / 1000, host, result
+    return host, host, result
 
 
 def shortest_time(repeats, device, function, *args):
@@ -318,7 +399,7 @@ def forward_and_backward(function, leaves, others, gradients):
 
 
 def run_phase(function, leaves, others, gradients, phase, device):
-    """Seconds of one phase, and what to check: outputs after forward, else gradients."""
+    """Two times, see stopwatch, and what to check: outputs after forward, else gradients."""
     if phase == "forward":
         return stopwatch(device, function, *leaves, *others)
     if phase == "both":
@@ -337,88 +418,58 @@ def check_results(results, references, dtype, what):
             sys.exit(f"benchmark.py: {what}: result {index} is off by {error:.2g} of its norm")
 
 
-class Sample(NamedTuple):
-    """One of the inputs that the calls of a phase rotate through."""
-
-    leaves: list
-    others: list
-    gradients: list  # random, of the outputs
-    references: list  # what a variant should give
-
-
-def make_input_sets(case, megabytes):
-    """At most 64 sets of inputs, of `megabytes` MiB in all."""
-    sets = [case.make_inputs()]
-    leaves, others = sets[0]
-    size = sum(x.numel() * x.element_size() for x in leaves + others)
-    for _ in range(min(63, megabytes * 2**20 // size)):
-        sets.append(case.make_inputs())
-    for leaves, _ in sets:
-        for leaf in leaves:
-            leaf.requires_grad_()
-    return sets
-
-
-def make_sample(function, leaves, others, phase, device):
-    torch.manual_seed(1)
-    outputs = function(*leaves, *others)
-    gradients = [torch.rand_like(x) for x in outputs]
-    _, results = run_phase(function, leaves, others, gradients, phase, device)
-    references = [x.detach().clone() for x in results]
-    return Sample(leaves, others, gradients, references)
-
-
-def timed_call(function, sample, phase, dtype, what, device):
-    """Seconds of one checked call, and its peak of memory in bytes (None on a CPU)."""
+def timed_call(function, inputs, gradients, references, case, phase, what, device):
+    """Seconds of one checked call, Python's seconds, and its peak of memory (None on a CPU)."""
     cuda = device.type == "cuda"
     peak = None
     if cuda:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-    leaves, others, gradients, references = sample
-    seconds, results = run_phase(function, leaves, others, gradients, phase, device)
+    seconds, host, results = run_phase(function, *inputs, gradients, phase, device)
     if cuda:
         peak = torch.cuda.max_memory_allocated() - before
-    check_results(results, references, dtype, what)
+    check_results(results, references, case.dtype, what)
     for x in results:
         x.detach().fill_(torch.nan)  # poison for whoever gets this memory next
-    return seconds, peak
+    return seconds, host, peak
 
 
-def time_phase(case, variants, sets, phase, args, device):
-    """Rows (variant, phase, seconds of every call, peak bytes)."""
-    eager_form = variants["eager"]
-    samples = [make_sample(eager_form, *inputs, phase, device) for inputs in sets]
-    seconds = {name: [] for name in variants}
+def time_phase(case, variants, inputs, phase, args, device):
+    """Rows (variant, phase, seconds of every call, Python's seconds of every call, peak bytes)."""
+    torch.manual_seed(1)
+    gradients = [torch.rand_like(x) for x in variants["eager"](*inputs[0], *inputs[1])]
+    _, _, results = run_phase(variants["eager"], *inputs, gradients, phase, device)
+    references = [x.detach().clone() for x in results]
+    times = {name: [] for name in variants}
     peaks = {}
-    spent = 0.0
+    begun = time.perf_counter()
     rounds = 0
-    while rounds < args.warmup + 5 or (spent < args.seconds and rounds < args.warmup + 200):
-        sample = samples[rounds % len(samples)]
+    while rounds < args.warmup + 5 or time.perf_counter() < begun + args.seconds:
         for name, function in variants.items():
             what = f"{case.operation} {case.shape} {case.dtype} {name} {phase}"
-            taken, peaks[name] = timed_call(function, sample, phase, case.dtype, what, device)
+            *taken, peaks[name] = timed_call(
+                function, inputs, gradients, references, case, phase, what, device
+            )
             if rounds >= args.warmup:
-                seconds[name].append(taken)
-                spent += taken
+                times[name].append(taken)
         rounds += 1
-    return [(name, phase, taken, peaks[name]) for name, taken in seconds.items()]
+    return [(name, phase, *zip(*taken), peaks[name]) for name, taken in times.items()]
 
 
 def time_case(case, args, device):
-    """Rows (variant, phase, seconds of every call, peak bytes) of all phases."""
+    """Rows of all phases, see time_phase."""
     variants = dict(case.variants)
     if not args.no_compile:
         torch._dynamo.reset()
         variants["compile"] = torch.compile(variants["eager"], dynamic=False)
     if device.type != "cuda":
         del variants["triton"]
-    sets = make_input_sets(case, args.rotate)
-    leaves, _ = sets[0]
-    phases = PHASES if leaves else PHASES[:1]
+    leaves, others = case.make_inputs()
+    for leaf in leaves:
+        leaf.requires_grad_()
     rows = []
-    for phase in phases:
-        rows += time_phase(case, variants, sets, phase, args, device)
+    for phase in PHASES if leaves else PHASES[:1]:
+        rows += time_phase(case, variants, (leaves, others), phase, args, device)
     return rows
 
 
@@ -437,11 +488,11 @@ def table_rows(case, rows, copy, matmul):
     """Rows of the table, as strings in the order of COLUMNS."""
     moved_by = bytes_by_variant(case)
     medians = {}
-    for variant, phase, seconds, _ in rows:
+    for variant, phase, seconds, *_ in rows:
         medians[variant, phase] = statistics.median(seconds)
 
     table = []
-    for variant, phase, seconds, peak in rows:
+    for variant, phase, seconds, host, peak in rows:
         median = medians[variant, phase]
         lower, _, upper = statistics.quantiles(seconds, n=4)
         moved = phase_value(moved_by[variant], phase)
@@ -454,6 +505,7 @@ def table_rows(case, rows, copy, matmul):
         row["phase"] = phase
         row["median us"] = f"{median * 1e6:.1f}"
         row["spread %"] = f"{100 * (upper - lower) / median:.0f}"
+        row["host us"] = f"{statistics.median(host) * 1e6:.1f}"
         for other in ("eager", "compile"):
             if (other, phase) in medians:
                 row[f"of {other}"] = f"{median / medians[other, phase]:.2f}"
@@ -525,10 +577,9 @@ def parse_args():
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default_device, help="where to run")
     parser.add_argument(
-        "--seconds", type=float, default=1.0, help="timed seconds for each shape and phase"
+        "--seconds", type=float, default=0.5, help="for each shape and phase, warmup included"
     )
     parser.add_argument("--warmup", type=int, default=3, help="rounds before timing begins")
-    parser.add_argument("--rotate", type=int, default=256, help="MiB of inputs to rotate through")
     parser.add_argument(
         "--no-compile", action="store_true", help="leave out torch.compile, which is slow to start"
     )
@@ -544,6 +595,8 @@ def parse_args():
 def main():
     args = parse_args()
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # events are recorded on the current one
     names = args.dtypes
     if names is None:
         names = ["float32", "bfloat16"] if device.type == "cuda" else ["float32"]

@@ -1,9 +1,9 @@
 """The definition, in plain PyTorch, of the operations that a CGN step needs beside its networks.
 
 These are the mask composite with its losses, the style loss of Gram matrices, the patch images, and
-the conditional norms' gain, shift and ReLU. The Triton kernels in composite.py, gram.py, patches.py
-and affine.py are tested against what stands here, and run on CUDA tensors. `backend="triton"` or `"eager"` asks for one of the two; `"auto"` takes Triton
-wherever it can run.
+gain, shift and ReLU of conditional norms. The Triton kernels in composite.py, gram.py, patches.py
+and affine.py are tested against what stands here, and run on CUDA tensors. `backend="triton"` or
+`"eager"` asks for one of the two; `"auto"` takes Triton wherever it can run.
 """
 
 from typing import NamedTuple
@@ -389,7 +389,7 @@ class AffineRelu(torch.autograd.Function):
 
 
 def affine_relu(x, gain_and_shift, *, backend="auto"):
-    """Return relu(x * gain + shift), in x's dtype and layout: what a conditional norm comes down to.
+    """Return relu(x * gain + shift), in x's dtype and layout: all that a conditional norm does.
 
     x: (N, C, H, W). gain_and_shift: (N, 2 C), the gains of each image's channels, then the shifts,
     in x's dtype or float32. There is no second derivative.

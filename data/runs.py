@@ -593,12 +593,12 @@ class Log:
 
     def progress(self, step, last_step, values):
         """Print the step, the rate, the time left, and values by name."""
-        rate = (step - self.first_step) / max(time.monotonic() - self.start_time, 1e-9)
-        left = int((last_step - step) / max(rate, 1e-9))
+        seconds = max(time.monotonic() - self.start_time, 1e-9)
+        rate = max(step - self.first_step, 1e-9) / seconds
+        left = int((last_step - step) / rate)
+        pace = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
-        line = (
-            f"{step}/{last_step}  {rate:.1f} steps/s  {left // 60}:{left % 60:02d} left  {numbers}"
-        )
+        line = f"{step}/{last_step}  {pace}  {left // 60}:{left % 60:02d} left  {numbers}"
         if not self.live:
             print(line, flush=True)
             return

@@ -2,15 +2,21 @@
 
 import ast
 import graphlib
+import importlib
+import signal
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
 
+from kernels import gpu_check
+
 SCRIPTS = {"train_cgn", "generate", "train_classifier"}
 PROGRAM_FILES = (
     "kernels/benchmark*.py",
     "kernels/compile_check.py",
+    "kernels/gpu_check.py",
     "data/digit_folder.py",
     "data/pretrained/*.py",
 )
@@ -59,6 +65,34 @@ def test_program_refuses_unknown_and_abbreviated_flags(program):
     needed = needed.get(program.name, "").split()
     error = run(program, *needed, "--unknown", "--hel", expect=2).stderr
     assert "error: unrecognized arguments: --unknown --hel" in error
+
+
+@pytest.mark.parametrize("small", [False, True])
+def test_commands_for_a_gpu_are_taken_by_their_programs(small, tmp_path, monkeypatch):
+    """The hour on a GPU is no time to find a flag renamed."""
+    words = ["gpu_check.py", "--device", "cpu", "--out", str(tmp_path / "gpu")]
+    words += ["--small"] if small else ["--data-dir", "mnist", "--weights-dir", "vgg"]
+    monkeypatch.setattr(sys, "argv", words)
+    checks = gpu_check.list_checks(gpu_check.parse_args())
+    assert len(checks) == 6
+    for check in checks:
+        for command in check.commands:
+            program, *flags = map(str, command.words)
+            monkeypatch.setattr(sys, "argv", [program, *flags])
+            if program != "-m":
+                path = Path(program).with_suffix("")
+                importlib.import_module(".".join(path.parts)).parse_args()
+            assert command.limit <= 600
+
+
+def test_the_report_of_a_gpu_check(tmp_path):
+    """A command that stops at SIGTERM, and one that does not end."""
+    slow = "import time; print('begun', flush=True); time.sleep(60)"
+    command = gpu_check.Command(["-c", slow], 60, stop_after=1)
+    assert gpu_check.run_command(command)[0] == -signal.SIGTERM
+    code, seconds, output = gpu_check.run_command(gpu_check.Command(["-c", slow], 1))
+    assert code == -signal.SIGKILL and seconds < 30
+    assert output.splitlines() == ["begun", "stopped after 1 s"]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -50,6 +50,7 @@ class UpsampleConv2d(nn.Conv2d):
         taps = upsampling_taps(self.weight.device, self.weight.dtype)
         kernel = self.weight.flatten(2) @ taps  # (out, in, 16)
         kernel = kernel.unflatten(2, (4, 4)).transpose(0, 1)  # (in, out, 4, 4)
+        x = x.contiguous(memory_format=torch.channels_last)  # up to three times as fast on a CPU
         return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 

@@ -5,9 +5,10 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import fixture_files, folder_from
+from conftest import ROOT, fixture_files, folder_from
 from torch.testing import assert_close
 
+import generate
 import train_cgn
 from data import weights
 from kernels import (
@@ -117,6 +118,25 @@ def test_published_generator_reproduces_its_outputs(file):
 
 # --------------------------------------------------------------------------------------------------
 # Composite and style loss against their formulas
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_folded_generator_draws_the_same(bf16, monkeypatch):
+    """To a rounding in float32, and in bf16 but for the edges of a few masks."""
+    cgn, _ = train_cgn.load_generator(ROOT / "data" / "pretrained" / "wildlife_mnist.pt")
+    settings = generate.Settings(0, 1, 0.05, False, "")
+    cpu = torch.device("cpu")
+    images, labels = generate.generate_batch(cgn, settings, 0, 100, cpu)
+    monkeypatch.setattr(generate.runs, "pick_bf16", lambda amp, device: bf16)
+    cgn = generate.fold_batch_norms(cgn, cpu)
+    assert not any(isinstance(layer, torch.nn.BatchNorm2d) for layer in cgn.modules())
+    folded, same_labels = generate.generate_batch(cgn, settings, 0, 100, cpu)
+    assert torch.equal(labels, same_labels)
+    distance = (folded.int() - images.int()).abs()
+    if bf16:
+        assert (distance > 1).float().mean() < 0.05 and distance.float().mean() < 0.5
+    else:
+        assert distance.max() <= 1 and distance.float().mean() < 0.01
 
 
 def test_composite_is_the_formula_term_by_term():

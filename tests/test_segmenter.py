@@ -132,6 +132,7 @@ def test_counterfactuals_have_the_shapes_of_real_digits(
     masks = data.all_images(0)[:70].amax(1, keepdim=True) > 20
     settings = generate.Settings(0, 1, 0.0, 0.0, False, "", "")
     cgn, _ = load_as("colored_mnist")(weights)
+    cgn = generate.fold_batch_norms(cgn, torch.device("cpu"))
     with torch.inference_mode():
         background = generate.generate_texture(
             cgn, cgn.background, settings, generate.BACKGROUND, 0, 70

@@ -221,6 +221,8 @@ def pick_device(name):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device == torch.device("cuda"):  # under torchrun a GPU for each rank, from the first use
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(
@@ -237,7 +239,12 @@ def check_compiler():
 
 
 def pick_bf16(amp, device):
-    """`auto` is bf16 where the hardware multiplies it: most GPUs, CPUs with AVX-512 BF16 or AMX."""
+    """`auto` is bf16 where the hardware multiplies it: most GPUs, CPUs with AVX-512 BF16 or AMX.
+
+    `off` is float32 in convolutions as well, which cuDNN would round to the 10 bits of TF32.
+    """
+    if amp == "off":
+        torch.backends.cudnn.allow_tf32 = False
     if amp != "auto":
         return amp == "bf16"
     if device.type == "cuda":

@@ -268,9 +268,11 @@ def dot_precision():
     return "tf32"
 
 
-def tuning_class(positions):
-    """Sizes of one class are tuned together."""
-    return triton.next_power_of_2(positions)
+def tuning_class(features):
+    """Sizes of one class are tuned together: about as many positions in all, in one layout."""
+    images, _, positions = features.shape
+    channels_last = features.stride(1) == 1
+    return 2 * triton.next_power_of_2(images * positions) + channels_last
 
 
 def split_positions(features, block_c, block_p):
@@ -308,7 +310,7 @@ def launch_difference(features, target, sums, block_c, block_p, chunk):
     with on_device(features):
         difference_kernel[(programs,)](
             features, target, sums,
-            channels, positions, tuning_class(positions),
+            channels, positions, tuning_class(features),
             splits, chunk,
             *features.stride(),
             *target_strides,
@@ -390,7 +392,7 @@ def style_backward(signs: Tensor, features: Tensor, grad: Tensor) -> Tensor:
     with on_device(features):
         style_backward_kernel[(programs,)](
             signs, flat, flat_out, grad,
-            channels, positions, tuning_class(positions),
+            channels, positions, tuning_class(flat),
             scale,
             *flat.stride(),
             *flat_out.stride(),

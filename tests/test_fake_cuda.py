@@ -1,13 +1,19 @@
-"""Forward passes on fake CUDA tensors, with shapes and types but no numbers: no GPU is needed.
+"""Training steps on fake CUDA tensors, with shapes and types but no numbers: no GPU is needed.
 
 They show tensors on two devices, values that the device is asked for, and float32 where bfloat16
-was meant, because CUDA's autocast is not the CPU's. Derivatives would ask a driver for a context.
+was meant, because CUDA's autocast is not the CPU's. Derivatives ask a driver for a context: they
+run where there is one, or with the development data's driver that does nothing.
 """
 
 import collections
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import folder_from
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,6 +28,7 @@ CUDA = torch.device("cuda")
 # What moves no memory.
 FREE = {"aten::detach", "aten::empty.memory_format", "aten::empty_like", "prim::device"}
 READS = {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal"}
+WITH_DRIVER = torch.cuda.is_available() or bool(os.environ.get("CGN_NO_DRIVER"))
 
 
 class Tally(TorchDispatchMode):
@@ -86,8 +93,8 @@ def is_activation(shape, n):
     return len(shape) == 4 and shape[0] in (n, 2 * n) and shape[1] > 6
 
 
-def test_imagenet_stays_in_bfloat16(fake_cuda):
-    """One micro-batch of 16 images of 256 x 256: the targets, the mechanisms, and the losses."""
+def imagenet_batch(derivatives):
+    """A Tally of one batch of 16 images of 256 x 256: targets, mechanisms, losses."""
     n = 16
     args = train_cgn.parse_args("--dataset imagenet --out x --offline".split())
     with CUDA:
@@ -98,21 +105,40 @@ def test_imagenet_stays_in_bfloat16(fake_cuda):
         z = torch.randn(n, cgn.f_shape.z_dim)
         y = torch.zeros(n, dtype=torch.int64)
         windows = draw_patch_windows(n, device=CUDA)
-        train_cgn.derive(cgn, args.truncation)
+        derived = train_cgn.derive(cgn, args.truncation)
     with Tally() as tally:
         with torch.no_grad():
             x_gt = cgn.biggan_GT(z.bfloat16(), y)
         with torch.autocast("cuda", torch.bfloat16):
             outputs = cgn(z, y[:, None].expand(-1, 3))
         losses, mask_mean = train_cgn.imagenet_losses(args, vgg, outputs, x_gt, windows)
+        if derivatives:
+            sum(losses.values()).backward()
     assert x_gt.dtype == torch.float32 and mask_mean.shape == (n,)
     assert set(losses) >= {"reconstruction", "style", "texture"}
     assert not tally.reads
     assert [shape for shape in tally.float32 if is_activation(shape, n)] == []
-    # A little above what was counted: 2,088 operators, 98.6 GB. What depends on the weights alone
-    # is computed once per update, and not counted.
-    assert tally.operators < 2_200
-    assert tally.bytes < 101e9
+    if derivatives:
+        train_cgn.pass_gradients(derived)
+        trainable = [p for p in cgn.parameters() if p.requires_grad]
+        assert all(p.grad.device == p.device and p.grad.dtype == p.dtype for p in trainable)
+    return tally
+
+
+def test_imagenet_stays_in_bfloat16(fake_cuda):
+    tally = imagenet_batch(derivatives=False)
+    # A little above what was counted: 1,701 operators, 76.9 GB. What depends on the weights alone
+    # is computed once per step, and not counted.
+    assert tally.operators < 1_800
+    assert tally.bytes < 80e9
+
+
+@pytest.mark.skipif(not WITH_DRIVER, reason="derivatives on CUDA need a driver")
+def test_imagenet_with_derivatives(fake_cuda):
+    tally = imagenet_batch(derivatives=True)
+    # Counted: 3,625 operators, 164 GB.
+    assert tally.operators < 3_750
+    assert tally.bytes < 170e9
 
 
 def to_cuda(value):
@@ -133,22 +159,20 @@ def fake_variant(name):
     return data
 
 
-@pytest.mark.parametrize("dataset", mnist.VARIANTS)
-@pytest.mark.parametrize("step", [0, 1_008])  # warm-up; adversarial, with the style loss
-def test_mnist_reads_nothing_back(fake_cuda, dataset, step):
-    """What a step of the training computes before its derivatives."""
+def mnist_step(dataset, step, derivatives):
+    """A Tally of one step: the generator's and, with derivatives, the discriminator's."""
     args = train_cgn.parse_args(["--dataset", dataset, "--out", "x"])
     data = fake_variant(dataset)
     n = args.batch_size
     with CUDA:
         cgn = train_cgn.MnistCGN()
         discriminator = train_cgn.DISCRIMINATORS[args.discriminator](args.ndf, 10, 32)
-        discriminator.requires_grad_(False)
         vgg = make_vgg(10)
     with Tally() as tally:
         index = torch.arange(n, device=CUDA)
         x_gt = mnist.to_float(data.images(index, None))
         y = data.labels[index]
+        discriminator.requires_grad_(False)
         with torch.autocast("cuda", torch.bfloat16):
             mask, foreground, background = cgn(torch.randn(n, 32, device=CUDA), y)
         offsets = torch.randint(32, (2, n, 2), device=CUDA)
@@ -156,9 +180,48 @@ def test_mnist_reads_nothing_back(fake_cuda, dataset, step):
         losses, composite, _ = train_cgn.generator_losses(
             args, vgg, discriminator, mechanisms, x_gt, y, step, step < args.warmup
         )
+        if derivatives:
+            sum(losses.values()).backward()
+            discriminator.requires_grad_(True)
+            x_gen = composite.detach()
+            train_cgn.discriminator_loss(args, discriminator, x_gt, y, x_gen, y, step).backward()
     assert composite.device.type == "cuda" and ("style" in losses) == (step > args.warmup)
     assert not tally.reads
-    assert tally.operators < 400
+    return tally
+
+
+@pytest.mark.parametrize("dataset", mnist.VARIANTS)
+@pytest.mark.parametrize("step", [0, 1_008])  # warm-up; adversarial, with style loss and penalty
+def test_mnist_reads_nothing_back(fake_cuda, dataset, step):
+    assert mnist_step(dataset, step, derivatives=False).operators < 400
+
+
+@pytest.mark.skipif(not WITH_DRIVER, reason="derivatives on CUDA need a driver")
+@pytest.mark.parametrize("dataset", mnist.VARIANTS)
+def test_mnist_with_derivatives(fake_cuda, dataset):
+    assert mnist_step(dataset, 1_008, derivatives=True).operators < 600
+
+
+@pytest.mark.skipif(WITH_DRIVER, reason="they ran above")
+def test_derivatives_with_a_driver_that_does_nothing(tmp_path):
+    """The tests with derivatives, in a process that takes the driver for a GPU's."""
+    folder = folder_from("CGN_FIXTURES")
+    source = folder and folder.parent / "gpu" / "no_driver.c"
+    if not source or not source.is_file() or not shutil.which("gcc"):
+        pytest.skip("no gcc, or no gpu/no_driver.c beside CGN_FIXTURES")
+    library = tmp_path / "libcuda.so.1"
+    options = ["-shared", "-fPIC", "-w", "-o", library, source, "-ldl"]
+    subprocess.run(["gcc", *map(str, options)], check=True)
+    environment = {"CGN_NO_DRIVER": "1", "LD_PRELOAD": str(library)}
+    environment["LD_LIBRARY_PATH"] = str(tmp_path)
+    tests = ["-m", "pytest", "-q", "--processes", "1", __file__, "-k", "with_derivatives"]
+    done = subprocess.run(
+        [sys.executable, *tests],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+    )
+    assert "4 passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def test_the_digit_classifier_reads_nothing_back(fake_cuda):

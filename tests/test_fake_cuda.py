@@ -127,10 +127,11 @@ def imagenet_batch(derivatives):
 
 def test_imagenet_stays_in_bfloat16(fake_cuda):
     tally = imagenet_batch(derivatives=False)
-    # A little above what was counted: 1,701 operators, 76.9 GB. What depends on the weights alone
-    # is computed once per step, and not counted.
-    assert tally.operators < 1_800
-    assert tally.bytes < 80e9
+    # A little above what was counted: 1,769 operators and 87 GB without a driver, 1,701 and 77 GB
+    # with one, which brings fused attention. What depends on the weights alone is computed once
+    # per step, and not counted.
+    assert tally.operators < 1_850
+    assert tally.bytes < 90e9
 
 
 @pytest.mark.skipif(not WITH_DRIVER, reason="derivatives on CUDA need a driver")

@@ -72,9 +72,12 @@ def add_products(
     channels, positions,
     first, last,
     stride_c, stride_p,
-    BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """total + F[rows] F[columns]^T over the positions from first to last."""
+    """total + F[rows] F[columns]^T over the positions from first to last.
+
+    ONE_TILE: there are no other rows and columns, so that both are the same and are loaded once.
+    """
     for start in range(first, last, BLOCK_P):
         position = start + tl.arange(0, BLOCK_P)
         valid = position < positions
@@ -83,11 +86,14 @@ def add_products(
             mask=(rows < channels)[:, None] & valid[None, :],
             other=0.0,
         )  # (rows, BLOCK_P)
-        b = tl.load(
-            features + columns[None, :] * stride_c + position[:, None] * stride_p,
-            mask=(columns < channels)[None, :] & valid[:, None],
-            other=0.0,
-        )  # (BLOCK_P, columns)
+        if ONE_TILE:
+            b = tl.trans(a)
+        else:
+            b = tl.load(
+                features + columns[None, :] * stride_c + position[:, None] * stride_p,
+                mask=(columns < channels)[None, :] & valid[:, None],
+                other=0.0,
+            )  # (BLOCK_P, columns)
         total = multiply(a, b, total, PRECISION)
     return total
 
@@ -102,7 +108,7 @@ def difference_kernel(
     splits, chunk,  # `splits` programs share the positions of a tile, `chunk` for each
     features_n, features_c, features_p,
     target_n, target_c, target_p,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ONE_TILE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Write F F^T - T T^T over each chunk of positions, tiles on and above the diagonal."""
     tiles = tl.cdiv(channels, BLOCK_C)
@@ -121,11 +127,11 @@ def difference_kernel(
     if target is not None:
         total = -add_products(
             total, target + image * target_n, rows, columns, channels, positions, first, last,
-            target_c, target_p, BLOCK_P, PRECISION,
+            target_c, target_p, BLOCK_P, ONE_TILE, PRECISION,
         )  # fmt: skip
     total = add_products(
         total, features + image * features_n, rows, columns, channels, positions, first, last,
-        features_c, features_p, BLOCK_P, PRECISION,
+        features_c, features_p, BLOCK_P, ONE_TILE, PRECISION,
     )  # fmt: skip
 
     images = tl.num_programs(0) // upper // splits
@@ -275,6 +281,13 @@ def tuning_class(features):
     return 2 * triton.next_power_of_2(images * positions) + channels_last
 
 
+def multiplies_from_shared_memory(x):
+    """Whether both factors of a product may be one block in shared memory, as on Hopper GPUs and
+    later. Earlier ones would load a block that is used twice without overlapping it with products.
+    """
+    return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9
+
+
 def split_positions(features, block_c, block_p):
     """Splits of H W, and positions in each: two programs for each processor, within WORKSPACE."""
     images, channels = features.shape[:2]
@@ -314,7 +327,9 @@ def launch_difference(features, target, sums, block_c, block_p, chunk):
             splits, chunk,
             *features.stride(),
             *target_strides,
-            BLOCK_C=block_c, BLOCK_P=block_p, PRECISION=dot_precision(),
+            BLOCK_C=block_c, BLOCK_P=block_p,
+            ONE_TILE=channels <= block_c and multiplies_from_shared_memory(features),
+            PRECISION=dot_precision(),
         )  # fmt: skip
 
 

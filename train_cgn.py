@@ -18,6 +18,7 @@ args.json, log.jsonl, sheet.png, samples/, checkpoint.pt (everything, to resume)
 """
 
 import argparse
+import functools
 import math
 from pathlib import Path
 
@@ -29,6 +30,7 @@ import torch.utils.checkpoint
 from data import checkpoints, download, folders, imagenet, mnist, pictures, runs, weights
 from data.weights import ConvNormReLU, U2Net, VGG16Features
 from kernels import (
+    GraphedStep,
     UpsampleConv2d,
     affine_relu,
     compose,
@@ -37,6 +39,7 @@ from kernels import (
     normalized_weight,
     power_iteration,
     sample_patch_images,
+    set_rate,
     shuffle_patches,
     spectral,
     style_loss,
@@ -83,7 +86,8 @@ def perceptual_loss(vgg, image, target, layer_weights, backend="auto"):
 def update_average(average, network, decay):
     """Exponential moving average of all weights and BatchNorm statistics, in place.
 
-    Singular vectors of the spectral norms are copied: their mean would be no singular vector.
+    decay: a number or a tensor (). Singular vectors of the spectral norms are copied: their mean
+    would be no singular vector.
     """
     current = network.state_dict()
     averages, values = [], []
@@ -97,7 +101,10 @@ def update_average(average, network, decay):
         else:
             averages.append(value)
             values.append(current[key])
-    torch._foreach_lerp_(averages, values, 1 - decay)
+    weight = 1 - decay
+    if isinstance(weight, torch.Tensor):
+        weight = [weight] * len(averages)
+    torch._foreach_lerp_(averages, values, weight)
     if copies:
         torch._foreach_copy_(copies, vectors)
 
@@ -172,6 +179,7 @@ def common_flags(parser):
 
 LATENT = 32  # numbers in the latent z of a mechanism
 EMBEDDING = 10  # numbers in a class's embedding
+PENALTY_EVERY = 8  # steps between gradient penalties of the discriminator
 
 # Defaults of --preset tuned: what gave the results in the README.
 TUNED = {
@@ -571,14 +579,14 @@ def adversarial_loss(args, realness, target):
     return F.binary_cross_entropy_with_logits(realness, targets)
 
 
-def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, step, warming_up):
+def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, warming_up, style):
     """Weighted losses by name, the composite (N, 3, 32, 32), and the mean mask value.
 
-    During warm-up only the losses that settle the background act. The style loss takes most of the
-    time: it is computed in every --style-every-th step, and counts as many times as much.
+    warming_up: only the losses that settle the background act. style: the style loss acts. It takes
+    most of the time, so it is computed in every --style-every-th step and counts as many times as
+    much.
     """
     mask, foreground, background = mechanisms
-    style = any(args.style_weights) and step % args.style_every == 0 and not warming_up
     composed, copy = composite_losses_and_copy(
         mask,
         foreground,
@@ -601,14 +609,13 @@ def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, step, wa
     return losses, composed.composite, composed.mask_mean.mean()
 
 
-def discriminator_loss(args, discriminator, x_gt, y_gt, x_gen, y_gen, step):
-    """Real images to 1, generated ones to 0, and a gradient penalty at real images.
+def discriminator_loss(args, discriminator, x_gt, y_gt, x_gen, y_gen, penalty):
+    """Real images to 1, generated ones to 0, and with `penalty` a gradient penalty at real images.
 
-    The penalty is --r1 times half the squared gradient (Mescheder et al. 2018), computed in every
-    8th step, 8-fold.
+    That is --r1 times half the squared gradient (Mescheder et al. 2018), computed in every 8th step
+    and 8-fold.
     """
-    penalize = args.r1 > 0 and step % 8 == 0
-    x_gt = x_gt.detach().requires_grad_(penalize)
+    x_gt = x_gt.detach().requires_grad_(penalty)
     if args.discriminator == "conv":  # its BatchNorm should see each kind of image alone
         real = discriminator(x_gt, y_gt)
         fake = discriminator(x_gen, y_gen)
@@ -616,9 +623,9 @@ def discriminator_loss(args, discriminator, x_gt, y_gt, x_gen, y_gen, step):
         both = discriminator(torch.cat([x_gt, x_gen]), torch.cat([y_gt, y_gen]))
         real, fake = both.chunk(2)
     loss = (adversarial_loss(args, real, 1) + adversarial_loss(args, fake, 0)) / 2
-    if penalize:
+    if penalty:
         (gradient,) = torch.autograd.grad(real.sum(), x_gt, create_graph=True)
-        loss = loss + 8 * args.r1 / 2 * gradient.square().sum((1, 2, 3)).mean()
+        loss = loss + PENALTY_EVERY * args.r1 / 2 * gradient.square().sum((1, 2, 3)).mean()
     return loss
 
 
@@ -732,6 +739,12 @@ def mnist_flags(parser, variant, preset):
         help="train it for so many steps after the generator, on the generator's images; 0: none",
     )
 
+    group = parser.add_argument_group("MNIST: run")
+    group.add_argument(
+        "--graph", choices=["auto", "off"], default="off",
+        help="record each kind of step as a CUDA graph; auto: on a GPU. Not tried on one yet",
+    )
+
     parser.set_defaults(ema=0.999, batch_size=32, log_every=100, sample_every=1000, save_every=1000)
     parser.set_defaults(**TUNED[variant])
     if preset == "published":
@@ -794,6 +807,58 @@ def count_steps(args, steps_per_epoch):
     return epochs * steps_per_epoch
 
 
+def mnist_step(args, training, data, vgg, bf16, index, decay, *, warming_up, style, penalty):
+    """A step of the generator and of the discriminator on the training images `index` (N,).
+
+    decay: tensor (), of the moving average. warming_up, style, penalty: see `generator_losses` and
+    `discriminator_loss`. Returns losses by name, detached, and "skipped", above 0 if numbers were
+    not finite. It may be recorded as a CUDA graph, see GraphedStep.
+    """
+    cgn, average, discriminator = training.networks.values()
+    optimizer, discriminator_optimizer = training.optimizers
+    device = index.device
+    n = len(index)
+
+    # Data
+    x_gt = mnist.to_float(data.images(index, None))  # (N, 3, 32, 32) in [-1, 1]
+    y_gt = data.labels[index]
+    y_gen = y_gt
+    if args.labels == "uniform":
+        y_gen = torch.randint(len(data.names), (n,), device=device)
+    z = torch.randn(n, LATENT, device=device)
+    offsets = torch.randint(cgn.size, (2, n, 2), device=device)
+
+    # Generator
+    discriminator.requires_grad_(False)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        mask, foreground, background = cgn(z, y_gen)
+    foreground = shuffle_patches(foreground, offsets[0])
+    background = shuffle_patches(background, offsets[1])
+    mechanisms = (mask, foreground, background)
+    losses, x_gen, mask_mean = generator_losses(
+        args, vgg, discriminator, mechanisms, x_gt, y_gen, warming_up, style
+    )
+    loss = sum(losses.values())
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    skipped = checkpoints.finite_step(optimizer, loss)
+
+    # Discriminator
+    if not warming_up:
+        discriminator.requires_grad_(True)
+        loss = discriminator_loss(args, discriminator, x_gt, y_gt, x_gen.detach(), y_gen, penalty)
+        discriminator_optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        skipped = skipped + checkpoints.finite_step(discriminator_optimizer, loss)
+        losses["discriminator"] = loss
+    losses["mask"] = mask_mean
+
+    # Moving average
+    checkpoints.mend_statistics(cgn, discriminator)
+    update_average(average, cgn, decay)
+    return {name: loss.detach() for name, loss in losses.items()} | {"skipped": skipped}
+
+
 def train_mnist(args, device):
     """Train a generator on a MNIST variant or a folder of images. Everything is written into
     args.out.
@@ -853,15 +918,20 @@ def train_mnist(args, device):
     if not last_step:
         training.save()  # --weights as they are, for their segmenter
 
+    function = functools.partial(mnist_step, args, training, data, vgg, bf16)
+    graphed = args.graph == "auto" and device.type == "cuda"
+    train_step = GraphedStep(function, training.optimizers, graphed)
     order = None
     for step in range(training.step, last_step):
         # Every step seeds its own random numbers, so that a resumed run draws the same.
         torch.manual_seed(runs.derived_seed(args.seed, "step", step))
         warming_up = step < warmup
+        style = any(args.style_weights) and step % args.style_every == 0 and not warming_up
+        penalty = args.r1 > 0 and step % PENALTY_EVERY == 0 and not warming_up
         falling = min(1.0, (last_step - step) / max(args.decay * last_step, 1))
-        optimizer.param_groups[0]["lr"] = 0.0 if warming_up else falling * args.lr
-        optimizer.param_groups[1]["lr"] = falling * args.norm_lr
-        discriminator_optimizer.param_groups[0]["lr"] = falling * args.lr
+        set_rate(optimizer.param_groups[0], 0.0 if warming_up else falling * args.lr)
+        set_rate(optimizer.param_groups[1], falling * args.norm_lr)
+        set_rate(discriminator_optimizer.param_groups[0], falling * args.lr)
 
         # Data
         epoch, position = divmod(step, steps_per_epoch)
@@ -869,43 +939,11 @@ def train_mnist(args, device):
             shuffle = runs.seeded_generator(args.seed, "order", epoch)
             order = torch.randperm(len(data), generator=shuffle).to(device)
         index = order[position * args.batch_size : (position + 1) * args.batch_size]
-        x_gt = mnist.to_float(data.images(index, None))  # (N, 3, 32, 32) in [-1, 1]
-        y_gt = data.labels[index]
-        y_gen = y_gt
-        if args.labels == "uniform":
-            y_gen = torch.randint(len(data.names), (args.batch_size,), device=device)
-        z = torch.randn(args.batch_size, LATENT, device=device)
-        offsets = torch.randint(cgn.size, (2, args.batch_size, 2), device=device)
 
-        # Generator
-        discriminator.requires_grad_(False)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            mask, foreground, background = cgn(z, y_gen)
-        foreground = shuffle_patches(foreground, offsets[0])
-        background = shuffle_patches(background, offsets[1])
-        mechanisms = (mask, foreground, background)
-        losses, x_gen, mask_mean = generator_losses(
-            args, vgg, discriminator, mechanisms, x_gt, y_gen, step, warming_up
-        )
-        loss = sum(losses.values())
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        skipped = checkpoints.finite_step(optimizer, loss)
-        metrics = dict(losses)
-
-        # Discriminator
-        if not warming_up:
-            discriminator.requires_grad_(True)
-            loss = discriminator_loss(args, discriminator, x_gt, y_gt, x_gen.detach(), y_gen, step)
-            discriminator_optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            skipped = skipped + checkpoints.finite_step(discriminator_optimizer, loss)
-            metrics["discriminator"] = loss
-        metrics["mask"] = mask_mean
-
-        # Moving average
-        checkpoints.mend_statistics(cgn, discriminator)
-        update_average(average, cgn, min(args.ema, (step + 1) / (step + 10)))
+        # Generator, discriminator, moving average
+        decay = torch.full((), min(args.ema, (step + 1) / (step + 10)), device=device)
+        metrics = train_step(index, decay, warming_up=warming_up, style=style, penalty=penalty)
+        skipped = metrics.pop("skipped")
 
         # Log, sheet, checkpoint, stop
         training.end_step(metrics, skipped)

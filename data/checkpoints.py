@@ -19,7 +19,7 @@ FROZEN = ("biggan_GT.", "u2net.")
 FREE = frozenset(
     # A preset only sets the defaults of others.
     "preset epochs max_steps segmenter_steps seeds evaluate explain"
-    " out resume device kernels recompute compile workers"
+    " out resume device kernels graph recompute compile workers"
     " weights weights_dir data_dir biggan u2net pretrained"
     " log_every sample_every save_every bad_steps"
     " counterfactual cf_test baseline cue_conflict imagenet9 in9_normalization ood"

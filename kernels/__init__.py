@@ -2,7 +2,7 @@
 
 `eager.py` holds the definitions and chooses the backend; `composite.py`, `gram.py`, `patches.py`
 and `affine.py` hold the same operations as Triton kernels; `layers.py` holds layers that have one
-form for every device. This file only gathers the names.
+form for every device, `graphs.py` training steps as CUDA graphs. This file only gathers the names.
 """
 
 from kernels.eager import (
@@ -20,6 +20,7 @@ from kernels.eager import (
     style_loss,
     use_triton,
 )
+from kernels.graphs import GraphedStep, set_rate
 from kernels.layers import (
     UpsampleConv2d,
     normalized_conv2d,
@@ -33,6 +34,7 @@ from kernels.layers import (
 
 __all__ = [
     "CompositeLosses",
+    "GraphedStep",
     "MaskEntropy",
     "StyleLoss",
     "UpsampleConv2d",
@@ -47,6 +49,7 @@ __all__ = [
     "normalized_weight",
     "power_iteration",
     "sample_patch_images",
+    "set_rate",
     "shuffle_patches",
     "spectral",
     "style_loss",

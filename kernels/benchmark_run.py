@@ -32,6 +32,7 @@ VARIANTS = {
     "eager": ["--kernels", "eager"],
     "triton": ["--kernels", "triton"],
     "compile": ["--kernels", "auto", "--compile"],  # ImageNet's mechanisms
+    "graph": ["--kernels", "auto", "--graph", "auto"],  # MNIST's steps
 }
 WARMUP = 2  # rounds before timing begins
 COLUMNS = ("what", "variant", "images/s", "ms a batch", "peak GB", "TFLOP/s", "of matmul")

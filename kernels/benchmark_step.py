@@ -152,8 +152,8 @@ def train_step(state, level):
         (mask, foreground, background),
         state.x_gt,
         y,
-        step=0,
         warming_up=False,
+        style=False,
     )
     loss = sum(losses.values()) + plain_perceptual_loss(state, level, x_gen)
     state.optimizer.zero_grad()
@@ -166,7 +166,7 @@ def train_step(state, level):
     state.discriminator_optimizer.zero_grad()
     if level >= ONE_PASS:
         loss = train_cgn.discriminator_loss(
-            args, state.discriminator, state.x_gt, y, x_gen, y, step=0
+            args, state.discriminator, state.x_gt, y, x_gen, y, penalty=False
         )
     else:
         real = state.discriminator(state.x_gt, y)

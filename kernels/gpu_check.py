@@ -53,7 +53,7 @@ def list_checks(args):
         weights = ["--weights-dir", args.weights_dir]
 
     tests = "-m pytest -q -rs tests/test_kernels.py".split()
-    tests += sized("-k keeps_nan", "tests/test_losses.py")
+    tests += sized("-k keeps_nan", "tests/test_losses.py tests/test_graphs.py")
     correct = [Command(tests, 400)]
     sanitizer = ("compute-sanitizer", "--error-exitcode", "9")
     if shutil.which(sanitizer[0]) and not args.small:
@@ -77,7 +77,7 @@ def list_checks(args):
     draw += ["--truncation", 1, "--n", *sized("2", "512"), "--out", out / "imagenet-pictures"]
 
     steps = ["kernels/benchmark_run.py", "--dataset", "colored_mnist", *device]
-    steps += sized("--rounds 1 --variants eager", "--rounds 40 --variants triton eager")
+    steps += sized("--rounds 1 --variants eager", "--rounds 40 --variants triton eager graph")
 
     digits = ["--dataset", "colored_mnist", *data, *device]
     learn = ["train_cgn.py", *digits, *weights, "--sample-every", 0, "--out", out / "colored"]
@@ -111,7 +111,7 @@ def list_checks(args):
         ),
         Check(
             "Steps of colored MNIST",
-            "images/s with either kernels",
+            "images/s with either kernels, and with CUDA graphs: a step below 2 ms",
             [Command(steps, 590)],
         ),
         Check(

@@ -960,17 +960,18 @@ def train_mnist(args, device):
 
 
 @torch.no_grad()
-def segmenter_pairs(cgn, n, generator):
+def segmenter_pairs(cgn, n, generator=None):
     """Images (n, 3, 32, 32) in [-1, 1] and their masks (n, 1, 32, 32), of a trained generator.
 
     One latent and one class for all mechanisms, as in the biased images that are to be segmented;
-    colors are shifted a little more than theirs vary. generator: on the CPU.
+    colors are shifted a little more than theirs vary. generator: on the device of cgn, or None for
+    the default one.
     """
-    device = cgn.label_emb.weight.device
-    z = torch.randn(n, LATENT, generator=generator).to(device)
-    y = torch.randint(len(cgn.names), (n,), generator=generator).to(device)
-    offsets = torch.randint(cgn.size, (2, n, 2), generator=generator).to(device)
-    shifts = 0.1 * torch.randn(2, n, 3, 1, 1, generator=generator).to(device)
+    drawn = {"generator": generator, "device": cgn.label_emb.weight.device}
+    z = torch.randn(n, LATENT, **drawn)
+    y = torch.randint(len(cgn.names), (n,), **drawn)
+    offsets = torch.randint(cgn.size, (2, n, 2), **drawn)
+    shifts = 0.1 * torch.randn(2, n, 3, 1, 1, **drawn)
     mask, foreground, background = cgn(z, y)
     foreground = shuffle_patches(foreground, offsets[0]) + shifts[0]
     background = shuffle_patches(background, offsets[1]) + shifts[1]
@@ -982,6 +983,20 @@ def find_masks(segmenter, images):
     """The masks of images, uint8 (n, 3, S, S): uint8 (n, 1, S, S), 255 where the object is."""
     masks = [segmenter(mnist.to_float(part)).float().sigmoid() for part in images.split(500)]
     return torch.cat(masks).mul_(255).round_().to(torch.uint8)
+
+
+def segmenter_step(cgn, segmenter, optimizer, bf16):
+    """A step on 64 new pairs. Returns the loss, detached, and "skipped", as mnist_step does."""
+    device = cgn.label_emb.weight.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        x, mask = segmenter_pairs(cgn, 64)
+        logits = segmenter(x)
+    loss = F.binary_cross_entropy_with_logits(logits.float(), mask)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    skipped = checkpoints.finite_step(optimizer, loss)
+    checkpoints.mend_statistics(segmenter)
+    return {"segmenter": loss.detach(), "skipped": skipped}
 
 
 def train_segmenter(args, trained, data, bf16, device):
@@ -1011,19 +1026,16 @@ def train_segmenter(args, trained, data, bf16, device):
         stop=trained.stop,
     )
 
+    function = functools.partial(segmenter_step, cgn, segmenter, optimizer, bf16)
+    graphed = args.graph == "auto" and device.type == "cuda"
+    train_step = GraphedStep(function, training.optimizers, graphed)
     for step in range(training.step, args.segmenter_steps):
+        torch.manual_seed(runs.derived_seed(args.seed, "segmenter", step))
         remaining = (args.segmenter_steps - step) / args.segmenter_steps
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(1.0, 2 * remaining)
-        generator = runs.seeded_generator(args.seed, "segmenter", step)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            x, mask = segmenter_pairs(cgn, 64, generator)
-            logits = segmenter(x)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), mask)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        skipped = checkpoints.finite_step(optimizer, loss)
-        checkpoints.mend_statistics(segmenter)
-        training.end_step({"segmenter": loss}, skipped)
+        set_rate(optimizer.param_groups[0], 2e-3 * min(1.0, 2 * remaining))
+        losses = train_step()
+        skipped = losses.pop("skipped")
+        training.end_step(losses, skipped)
 
     content = trained.content() | {"segmenter": segmenter.state_dict()}
     trained.save_weights("weights.pt", content)
@@ -1036,7 +1048,8 @@ def measure_segmenter(args, segmenter, cgn, data):
     The segmenter is measured on images of the generator that it has not seen, and, for the report
     alone, against the digits of the training images: nothing is chosen by the latter.
     """
-    x, truth = segmenter_pairs(cgn, 1000, runs.seeded_generator(args.seed, "segmenter test", 0))
+    torch.manual_seed(runs.derived_seed(args.seed, "segmenter test", 0))
+    x, truth = segmenter_pairs(cgn, 1000)
     images = x.add(1).mul(127.5).round().to(torch.uint8)
     found = find_masks(segmenter, images) / 255
     generated = pictures.intersection_over_union(found, truth > 0.5).mean().item()

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import torchvision
 
 from data import checkpoints, download, folders, imagenet, mnist, pictures, runs, weights
-from kernels import normalized_conv2d
+from kernels import GraphedStep, normalized_conv2d, set_rate
 
 # ==================================================================================================
 # What both parts share: common flags
@@ -207,18 +207,18 @@ def make_classifier(args, data):
 BINS = 8  # of each channel's mean color
 
 
-def mix_colors(x, environments, generator):
+def mix_colors(x, environments, generator=None):
     """Mix the color channels of each image at random: not in environment 0, most in the last.
 
     x: (N, 3, H, W) in [-1, 1]. Returns as many, and the environment of each image, (N,): they are
-    dealt out in turn. generator: on the CPU, so that every device draws the same.
+    dealt out in turn. generator: on the device of x, or None for the default one.
     """
-    environment = torch.arange(len(x)) % environments
+    environment = torch.arange(len(x), device=x.device) % environments
     strength = 0.5 * environment / max(environments - 1, 1)
-    noise = torch.randn(len(x), 3, 3, generator=generator)
-    mix = torch.eye(3) + strength[:, None, None] * noise
-    mixed = torch.einsum("nij,njhw->nihw", mix.to(x.device), x / 2 + 0.5)
-    return mixed.clamp(0, 1) * 2 - 1, environment.to(x.device)
+    noise = torch.randn(len(x), 3, 3, generator=generator, device=x.device)
+    mix = torch.eye(3, device=x.device) + strength[:, None, None] * noise
+    mixed = torch.einsum("nij,njhw->nihw", mix, x / 2 + 0.5)
+    return mixed.clamp(0, 1) * 2 - 1, environment
 
 
 def invariance_penalty(log_probabilities, y, environment, environments):
@@ -374,14 +374,14 @@ def count_training_images(args, data):
     return count
 
 
-def random_affine(images, strength, generator):
+def random_affine(images, strength, generator=None):
     """Rotate, shear, stretch and shift images at random: at strength 1 by up to 0.25 rad, 0.25,
     20 % and 2.5 of 32 pixels.
 
-    images: (N, 3, S, S). generator: on the CPU, so that every device draws the same.
+    images: (N, 3, S, S). generator: on their device, or None for the default one.
     """
-    drawn = strength * (2 * torch.rand(6, len(images), generator=generator) - 1)
-    angle, shear, width, height, right, down = drawn.to(images.device)
+    drawn = torch.rand(6, len(images), generator=generator, device=images.device)
+    angle, shear, width, height, right, down = strength * (2 * drawn - 1)
     cosine = (0.25 * angle).cos()
     sine = (0.25 * angle).sin()
     shear = 0.25 * shear
@@ -466,6 +466,42 @@ def upgrade_checkpoint(content, steps_per_epoch):
     }
 
 
+def classifier_step(args, training, bf16, images, labels):
+    """A step on images, uint8 (N, 3, S, S), and labels (N,).
+
+    Returns the loss, detached, and "skipped", above 0 if numbers were not finite. It may be
+    recorded as a CUDA graph, see GraphedStep.
+    """
+    classifier, color_head = training.networks.values()
+    (optimizer,) = training.optimizers
+    x = mnist.to_float(images)  # (N, 3, 32, 32) in [-1, 1]
+    if args.augment:
+        x = random_affine(x, args.augment)
+    if args.method == "irm":
+        x, environment = mix_colors(x, args.environments)
+
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+        features = classifier.features(x)
+        log_probabilities = classifier.log_probabilities(features).float()
+    loss = F.nll_loss(log_probabilities, labels)
+    if args.method == "irm":
+        penalty = invariance_penalty(log_probabilities, labels, environment, args.environments)
+        loss = loss + args.penalty * penalty
+    elif args.method == "lnl":
+        loss = loss + color_head.loss(features.float(), x, args.penalty)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    skipped = checkpoints.finite_step(optimizer, loss)
+    checkpoints.mend_statistics(classifier)
+
+    loss = loss.detach()
+    correct = (log_probabilities.detach().argmax(1) == labels).sum()
+    seen = torch.stack([loss * len(x), correct.float(), torch.full_like(loss, len(x))])
+    sums = training.extra["sums"]
+    sums.copy_(torch.where(skipped > 0, sums, sums + seen))
+    return {"loss": loss, "skipped": skipped}
+
+
 def train_digits(args, seed, out, data, device, stop):
     """Train one classifier from its own seed. Returns its metrics."""
     torch.manual_seed(seed)
@@ -497,9 +533,12 @@ def train_digits(args, seed, out, data, device, stop):
     )
     extra = training.extra
 
+    function = functools.partial(classifier_step, args, training, bf16)
+    graphed = args.graph == "auto" and device.type == "cuda"
+    train_step = GraphedStep(function, training.optimizers, graphed)
     for epoch in range(extra["epoch"], math.ceil(last_step / steps_per_epoch)):
         turn = None
-        optimizer.param_groups[0]["lr"] = args.lr * args.gamma**epoch
+        set_rate(optimizer.param_groups[0], args.lr * args.gamma**epoch)
         first_step = epoch * steps_per_epoch
         classifier.train()
 
@@ -514,35 +553,15 @@ def train_digits(args, seed, out, data, device, stop):
                 order = torch.randperm(len(labels), generator=shuffle).to(device)
             index = order[position * batch_size : (position + 1) * batch_size]
             first = (step - first_step) * batch_size
-            generator = runs.seeded_generator(1_000 * seed + epoch, "step", first)
-            x = mnist.to_float(images.index_select(0, index))  # (N, 3, 32, 32) in [-1, 1]
-            y = labels[index]
-            if args.augment:
-                x = random_affine(x, args.augment, generator)
-            if args.method == "irm":
-                x, environment = mix_colors(x, args.environments, generator)
+            # Every step seeds its own random numbers, so that a resumed run draws the same.
+            torch.manual_seed(runs.derived_seed(1_000 * seed + epoch, "step", first))
 
             # Classifier
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                features = classifier.features(x)
-                log_probabilities = classifier.log_probabilities(features).float()
-            loss = F.nll_loss(log_probabilities, y)
-            if args.method == "irm":
-                penalty = invariance_penalty(log_probabilities, y, environment, args.environments)
-                loss = loss + args.penalty * penalty
-            elif args.method == "lnl":
-                loss = loss + color_head.loss(features.float(), x, args.penalty)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            skipped = checkpoints.finite_step(optimizer, loss)
-            checkpoints.mend_statistics(classifier)
+            results = train_step(images.index_select(0, index), labels[index])
+            skipped = results.pop("skipped")
 
             # Log, checkpoint, stop
-            correct = (log_probabilities.detach().argmax(1) == y).sum()
-            loss = loss.detach()
-            seen = torch.stack([loss * len(y), correct.float(), torch.full_like(loss, len(y))])
-            extra["sums"] = torch.where(skipped > 0, extra["sums"], extra["sums"] + seen)
-            training.end_step({"loss": loss}, skipped)
+            training.end_step(results, skipped)
 
         # Test
         mean_loss, train_accuracy = (extra["sums"][:2] / extra["sums"][2]).tolist()
@@ -560,7 +579,7 @@ def train_digits(args, seed, out, data, device, stop):
         extra["metrics"] = metrics
         if whole:
             extra["epoch"] = epoch + 1
-            extra["sums"] = torch.zeros(3, device=device)
+            extra["sums"].zero_()
             extra["best"] = max(extra["best"], metrics["biased"])
         training.save()
     return extra["metrics"] | measure_heat_maps(args, classifier, data, out)
@@ -647,6 +666,9 @@ def parse_digits(parser, argv, variant):
     training.add_argument(
         "--amp", choices=["auto", "off", "bf16"], default="auto",
         help="bf16 arithmetic in training; auto: where the hardware multiplies it",
+    )
+    training.add_argument(
+        "--graph", choices=["auto", "off"], default="off", help="CUDA graphs, as in train_cgn.py"
     )
     training.add_argument(
         "--gamma", type=runs.non_negative_float, default=0.7,

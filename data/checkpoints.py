@@ -299,20 +299,35 @@ def check_settings(path, before, args, free=FREE):
 def finite_step(optimizer, loss):
     """One step of the optimizer, skipped if the loss or a gradient is not finite on any rank.
 
-    Returns a tensor (), 1.0 if the step was skipped, else 0.0. With a fused optimizer a GPU is not
+    Returns a tensor (), 1.0 if the step was skipped, else 0.0. But for the first step, a GPU is not
     waited for.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     gradients = [p.grad for p in parameters if p.grad is not None]
     total = torch.stack(torch._foreach_norm(gradients)).sum() + loss.detach()
     skipped = runs.mean_over_ranks((~total.isfinite()).float()).ceil()
-    # A first step allocates the moments and may not be skipped by the fused kernels.
-    fused = optimizer.defaults.get("fused") and optimizer.state
-    if fused:
+    if not optimizer.state:  # nothing to go back to: this step allocates the moments
+        if not skipped:
+            optimizer.step()
+    elif optimizer.defaults.get("fused"):
         optimizer.found_inf = skipped  # the kernels leave weights and moments as they are
-    if fused or not skipped:
         optimizer.step()
+    else:
+        step_or_go_back(optimizer, parameters, skipped)
     return skipped
+
+
+@torch.no_grad()
+def step_or_go_back(optimizer, parameters, skipped):
+    """One step of the optimizer, undone on the device if `skipped` is above 0."""
+    changed = list(parameters)
+    for moments in optimizer.state.values():
+        changed += [value for value in moments.values() if isinstance(value, torch.Tensor)]
+    before = [value.clone() for value in changed]
+    optimizer.step()
+    bad = skipped > 0
+    for value, old in zip(changed, before):
+        value.copy_(torch.where(bad, old, value))
 
 
 @torch.no_grad()

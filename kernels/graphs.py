@@ -54,7 +54,8 @@ class GraphedStep:
         if key not in self.recordings:
             self.recordings[key] = self.record(inputs, kind)
         graph, static_inputs, names, values = self.recordings[key]
-        torch._foreach_copy_(static_inputs, inputs)
+        for static, value in zip(static_inputs, inputs):
+            static.copy_(value)
         graph.replay()
         return dict(zip(names, values.clone().unbind()))
 

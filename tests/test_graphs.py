@@ -5,7 +5,9 @@ would get wrong: a number of Python's that should change from step to step, a te
 step no longer uses, a value that is read in between.
 """
 
+import functools
 import json
+import sys
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_cgn
+import train_classifier
 from data import mnist
 from kernels import GraphedStep, graphs, set_rate
 
@@ -173,6 +176,51 @@ def test_a_run_may_change_to_graphs_and_back(train, recordings, first):
     assert recordings
     for part in ("generator", "average", "discriminator"):
         assert same(resumed[part], whole[part])
+
+
+def test_graphed_segmenter_steps_are_eager_ones(recordings, monkeypatch):
+    monkeypatch.setattr(graphs, "EAGER_CALLS", 1)
+    cgn = train_cgn.MnistCGN().eval()
+    found = []
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        segmenter = train_cgn.Segmenter(32)
+        optimizer = torch.optim.Adam(segmenter.parameters(), fused=True)
+        function = functools.partial(train_cgn.segmenter_step, cgn, segmenter, optimizer, False)
+        step = GraphedStep(function, [optimizer], graphed)
+        for number in range(4):
+            torch.manual_seed(number)
+            set_rate(optimizer.param_groups[0], 2.0 ** -(9 + number))
+            step()
+        found.append(segmenter.state_dict())
+    assert [recording.replays for recording in recordings] == [3]
+    assert same(*found)
+
+
+def test_a_graphed_classifier_is_the_eager_one(recordings, monkeypatch, tmp_path, digits_dir):
+    """Adadelta, with a rate for each epoch and a shorter last batch in each."""
+    flags = ["--dataset", "colored_mnist", "--data-dir", str(digits_dir), "--device", "cpu"]
+    flags += "--augment 0.5 --batch-size 128 --epochs 3 --amp off --lr 1 --gamma 0.5".split()
+    several = functools.partial(torch.optim.Adadelta, foreach=True)
+    monkeypatch.setattr(torch.optim, "Adadelta", several)  # as on a GPU
+    module = sys.modules["torch.optim.adadelta"]
+    monkeypatch.setattr(module, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
+    monkeypatch.setattr(graphs, "EAGER_CALLS", 1)
+    found = []
+    for graphed in (False, True):
+
+        def step(function, optimizers, enabled):
+            return GraphedStep(function, optimizers, graphed)
+
+        monkeypatch.setattr(train_classifier, "GraphedStep", step)
+        out = tmp_path / str(graphed)
+        args = train_classifier.parse_args([*flags, "--out", str(out)])
+        out.mkdir()
+        train_classifier.classify_digits(args, torch.device("cpu"))
+        found.append(load(out / "seed_0" / "checkpoint.pt"))
+    assert [recording.replays for recording in recordings] == [11, 2]
+    assert same(found[0]["classifier"], found[1]["classifier"])
+    assert found[0]["metrics"] == found[1]["metrics"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

@@ -596,7 +596,7 @@ def main():
     args = parse_args()
     device = torch.device(args.device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # events are recorded on the current one
+        torch.cuda.set_device(device.index or 0)  # events are recorded on the current one
     names = args.dtypes
     if names is None:
         names = ["float32", "bfloat16"] if device.type == "cuda" else ["float32"]

@@ -207,7 +207,7 @@ def main():
     bf16 = runs.pick_bf16("auto", device)
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(device.index or 0)
         name = torch.cuda.get_device_name(device)
     speed = matmul_speed(device, torch.bfloat16 if bf16 else torch.float32)
     print(

@@ -1,7 +1,8 @@
 """Tests in several processes: `--processes N`, by default one for each of up to four cores.
 
 The processes are forked once all tests are collected, and take one file of tests after the other.
-Each passes its reports on to the first process, which prints them as pytest does.
+Each passes its reports on to the first process, which prints them as pytest does. Where there is a
+GPU, all tests run in one process: CUDA refuses to work after a fork.
 """
 
 import multiprocessing
@@ -27,6 +28,8 @@ def pytest_runtestloop(session):
     for item in session.items:
         files.setdefault(item.path, []).append(item)
     processes = min(session.config.getoption("--processes"), len(files))
+    if torch.cuda.is_available():
+        processes = 1
     options = session.config.option
     if processes < 2 or options.collectonly or options.usepdb or options.maxfail:
         return None  # pytest's own loop

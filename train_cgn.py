@@ -741,8 +741,8 @@ def mnist_flags(parser, variant, preset):
 
     group = parser.add_argument_group("MNIST: run")
     group.add_argument(
-        "--graph", choices=["auto", "off"], default="off",
-        help="record each kind of step as a CUDA graph; auto: on a GPU. Not tried on one yet",
+        "--graph", choices=["auto", "off"], default="auto",
+        help="record each kind of step as a CUDA graph; auto: on a GPU",
     )
 
     parser.set_defaults(ema=0.999, batch_size=32, log_every=100, sample_every=1000, save_every=1000)

@@ -668,7 +668,7 @@ def parse_digits(parser, argv, variant):
         help="bf16 arithmetic in training; auto: where the hardware multiplies it",
     )
     training.add_argument(
-        "--graph", choices=["auto", "off"], default="off", help="CUDA graphs, as in train_cgn.py"
+        "--graph", choices=["auto", "off"], default="auto", help="CUDA graphs, as in train_cgn.py"
     )
     training.add_argument(
         "--gamma", type=runs.non_negative_float, default=0.7,

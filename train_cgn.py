@@ -1188,33 +1188,43 @@ def derive(network, truncation):
 
     To be called whenever parameters have changed. Returns pairs (derived tensor, the leaf that the
     layer uses): gradients gather in the leaves, over any number of batches, and pass_gradients
-    hands them on. Folded networks have nothing to derive.
+    hands them on. The next call keeps the leaves, as a CUDA graph knows their addresses, and sets
+    their gradients to zero. Folded networks have nothing to derive.
     """
     pairs = []
     for layer in network.modules():
         if hasattr(layer, "weight_orig"):
-            weight = normalized_weight(layer)
-            layer.weight = leaf(weight)
-            pairs.append((weight, layer.weight))
+            pairs.append(set_leaf(layer, "weight", normalized_weight(layer)))
     for norm in network.modules():
         if isinstance(norm, ConditionalNorm) and norm.running_means is not None:
             weight, bias = norm.affine(truncation)
-            norm.affine_weight = leaf(weight)
-            norm.affine_bias = leaf(bias)
-            pairs += [(weight, norm.affine_weight), (bias, norm.affine_bias)]
+            pairs.append(set_leaf(norm, "affine_weight", weight))
+            pairs.append(set_leaf(norm, "affine_bias", bias))
     return pairs
 
 
-def leaf(tensor):
-    """The same values, with a gradient of their own."""
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+@torch.no_grad()
+def set_leaf(layer, name, tensor):
+    """Give a layer a leaf with the tensor's values. Returns (tensor, leaf)."""
+    leaf = getattr(layer, name, None)
+    trained = leaf is not None and leaf.requires_grad and tensor.requires_grad
+    if not trained or leaf.device != tensor.device:
+        leaf = tensor.detach().requires_grad_(tensor.requires_grad)
+        setattr(layer, name, leaf)
+        return tensor, leaf
+
+    leaf.copy_(tensor)
+    if leaf.grad is not None:
+        leaf.grad.zero_()
+    return tensor, leaf
 
 
 def pass_gradients(pairs):
     """Hand the gradients of derived leaves on to the parameters that they come from, last first."""
     for tensor, derived in reversed(pairs):
         if derived.grad is not None:
-            tensor.backward(derived.grad)
+            # A copy: what PyTorch keeps as a gradient may be a part of what it is handed.
+            tensor.backward(derived.grad.clone())
 
 
 @torch.no_grad()
@@ -1360,7 +1370,9 @@ class BigGAN(nn.Module):
         h = generator.gen_z(condition).unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)  # (N, C, 4, 4)
         for layer in generator.layers:
             if self.recompute and torch.is_grad_enabled():
-                h = torch.utils.checkpoint.checkpoint(layer, h, condition, use_reentrant=False)
+                h = torch.utils.checkpoint.checkpoint(
+                    layer, h, condition, use_reentrant=False, preserve_rng_state=False
+                )
             else:
                 h = layer(h, condition)
         h = generator.bn(h, condition[:, :0])
@@ -1634,6 +1646,10 @@ def imagenet_flags(parser, preset):
         help="activation checkpointing: less memory, blocks run again for their derivative",
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the mechanisms")
+    group.add_argument(
+        "--graph", choices=["auto", "off"], default="off",
+        help="record a batch as a CUDA graph; auto: on a GPU. Not tried on one yet",
+    )
 
     parser.set_defaults(**FULL_DEFAULTS)
     if preset == "small":
@@ -1687,6 +1703,24 @@ def imagenet_sheet(networks, args):
     z = args.truncation * truncated_normal((6, average.f_shape.z_dim), fixed)
     cgan = networks["generator"].biggan_GT
     return pictures.imagenet_mechanism_sheet(average, cgan, z.to(device), y.to(device))
+
+
+def imagenet_batch(args, cgn, vgg, bf16, z, y, windows):
+    """Losses of a batch, () each by name; their gradients are added to those of the step.
+
+    z: (N, z_dim). y: (N,) classes. windows: (N, 36), which of the best windows make a patch image.
+    """
+    with torch.no_grad():
+        x_gt = cgn.biggan_GT(z.to(torch.bfloat16 if bf16 else torch.float32), y)
+    with torch.autocast(z.device.type, torch.bfloat16, enabled=bf16):
+        outputs = cgn(z, y[:, None].expand(-1, 3))
+    losses, mask_mean = imagenet_losses(args, vgg, outputs, x_gt, windows)
+    loss = sum(losses.values()) / args.accumulate
+    loss.backward()
+
+    losses["mask_mean"] = mask_mean.mean()
+    losses["mask_spread"] = mask_mean.std(correction=0)
+    return {name: value.detach() for name, value in losses.items()}
 
 
 def train_imagenet(args, device):
@@ -1744,6 +1778,9 @@ def train_imagenet(args, device):
             f"steps {training.step} to {args.max_steps}"
         )
 
+    function = functools.partial(imagenet_batch, args, cgn, vgg, bf16)
+    graphed = args.graph == "auto" and device.type == "cuda"
+    train_batch = GraphedStep(function, [], graphed)
     for step in range(training.step, args.max_steps):
         # Data: each rank takes its share of each batch.
         z, y, windows = draw_inputs(args, classes, cgn.f_shape.z_dim, step)
@@ -1752,23 +1789,14 @@ def train_imagenet(args, device):
         windows = windows.chunk(world_size, 1)[rank].to(device)
 
         # Mechanisms: what depends on weights alone is computed once for all batches of the step.
-        optimizer.zero_grad(set_to_none=True)
+        # Gradients stay where they are, as a graph adds to them there.
+        optimizer.zero_grad(set_to_none=False)
         power_iteration(cgn)
         derived = derive(cgn, args.truncation)
         metrics = {}
-        for part in range(args.accumulate):
-            with torch.no_grad():
-                x_gt = cgn.biggan_GT(z[part].to(dtype), y[part])
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                outputs = cgn(z[part], y[part, :, None].expand(-1, 3))
-            losses, mask_mean = imagenet_losses(args, vgg, outputs, x_gt, windows[part])
-            loss = sum(losses.values()) / args.accumulate
-            loss.backward()
-
-            losses["mask_mean"] = mask_mean.mean()
-            losses["mask_spread"] = mask_mean.std(correction=0)
-            for name, value in losses.items():
-                metrics[name] = metrics.get(name, 0) + value.detach() / args.accumulate
+        for inputs in zip(z, y, windows):
+            for name, value in train_batch(*inputs).items():
+                metrics[name] = metrics.get(name, 0) + value / args.accumulate
         pass_gradients(derived)
         average_gradients(optimizer, world_size)
         skipped = checkpoints.finite_step(optimizer, sum(metrics.values()))

@@ -32,7 +32,7 @@ VARIANTS = {
     "eager": ["--kernels", "eager"],
     "triton": ["--kernels", "triton"],
     "compile": ["--kernels", "auto", "--compile"],  # ImageNet's mechanisms
-    "graph": ["--kernels", "auto"],  # MNIST's steps
+    "graph": ["--kernels", "auto", "--graph", "auto"],
 }
 WARMUP = 2  # rounds before timing begins
 COLUMNS = ("what", "variant", "images/s", "ms a batch", "peak GB", "TFLOP/s", "of matmul")
@@ -74,12 +74,11 @@ def steps_in_a_round(args):
 def training_flags(args, variant, out):
     steps = (WARMUP + args.rounds) * steps_in_a_round(args)
     flags = ["--dataset", args.dataset, "--offline", "--out", out, "--device", args.device]
-    flags += ["--max-steps", steps, "--sample-every", 0, *VARIANTS[variant]]
+    flags += ["--max-steps", steps, "--sample-every", 0, "--graph", "off", *VARIANTS[variant]]
     if args.dataset == "imagenet":
         flags += ["--preset", args.preset, "--accumulate", args.accumulate]
     else:
         flags += ["--warmup", 0, "--segmenter-steps", 0, "--style-every", steps_in_a_round(args)]
-        flags += ["--graph", "auto" if variant == "graph" else "off"]
     if args.batch_size:
         flags += ["--batch-size", args.batch_size]
     return list(map(str, flags))

@@ -63,7 +63,7 @@ def list_checks(args):
     batch = ["kernels/benchmark_run.py", "--dataset", "imagenet", *device]
     batch += sized(
         "--preset small --accumulate 1 --rounds 1 --variants eager",
-        "--variants triton eager compile",
+        "--variants triton graph eager compile",
     )
     times = ["kernels/benchmark.py", *device, "--out", out / "kernels"]
     times += sized(
@@ -92,7 +92,7 @@ def list_checks(args):
         Check("Correctness", "no test fails, no error of the sanitizer", correct),
         Check(
             "An ImageNet batch",
-            "images/s of each kind of kernels: Triton above eager; its peak memory",
+            "images/s of each kind: Triton above eager, with graphs twice as many; its peak memory",
             [Command(batch, 590)],
         ),
         Check(

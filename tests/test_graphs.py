@@ -5,6 +5,7 @@ would get wrong: a number of Python's that should change from step to step, a te
 step no longer uses, a value that is read in between.
 """
 
+import copy
 import functools
 import json
 import sys
@@ -176,6 +177,31 @@ def test_a_run_may_change_to_graphs_and_back(train, recordings, first):
     assert recordings
     for part in ("generator", "average", "discriminator"):
         assert same(resumed[part], whole[part])
+
+
+def test_graphed_batches_of_imagenet_are_eager_ones(recordings, monkeypatch, tmp_path):
+    """Gradients gather over a step's batches, and begin at zero in the next step."""
+    monkeypatch.setattr(graphs, "EAGER_CALLS", 1)
+    flags = "--dataset imagenet --preset small --offline --amp off --device cpu --batch-size 1"
+    flags += " --accumulate 2 --max-steps 2 --sample-every 0"
+    args = train_cgn.parse_args([*flags.split(), "--out", str(tmp_path)])
+    networks = train_cgn.load_imagenet_networks(args)
+    monkeypatch.setattr(train_cgn, "load_imagenet_networks", lambda _: copy.deepcopy(networks))
+    found = []
+    for graphed in (False, True):
+
+        def step(function, optimizers, enabled):
+            return GraphedStep(function, optimizers, graphed)
+
+        monkeypatch.setattr(train_cgn, "GraphedStep", step)
+        args.out = tmp_path / str(graphed)
+        args.out.mkdir()
+        train_cgn.train_imagenet(args, torch.device("cpu"))
+        found.append(load(args.out / "checkpoint.pt"))
+    assert [recording.replays for recording in recordings] == [3]
+    for part in ("generator", "average"):
+        assert same(found[0][part], found[1][part])
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
 
 
 def test_graphed_segmenter_steps_are_eager_ones(recordings, monkeypatch):

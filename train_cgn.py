@@ -44,6 +44,7 @@ from kernels import (
     spectral,
     style_loss,
     upsample,
+    upsample_conv2d,
     use_triton,
     without_autocast,
 )
@@ -1159,11 +1160,14 @@ class ConditionalNorm(nn.Module):
         variance = torch.lerp(self.running_vars[row], self.running_vars[row + 1], between)
         return mean, (variance + 1e-4).rsqrt()
 
-    def affine(self, truncation):
+    def affine(self, truncation, missing=0.0):
         """The norm as one product and one sum, which a linear layer of the condition gives: its
         weight (2 C, condition) and its bias (2 C,), for the gain and the shift of each channel.
+
+        missing: (C,), what the input lacks and the norm has to add: the bias of a convolution.
         """
         mean, inverse_deviation = self.statistics(truncation)
+        mean = mean - missing
         if self.conditional:
             gain = inverse_deviation
             shift = -mean * inverse_deviation
@@ -1195,12 +1199,39 @@ def derive(network, truncation):
     for layer in network.modules():
         if hasattr(layer, "weight_orig"):
             pairs.append(set_leaf(layer, "weight", normalized_weight(layer)))
-    for norm in network.modules():
-        if isinstance(norm, ConditionalNorm) and norm.running_means is not None:
-            weight, bias = norm.affine(truncation)
-            pairs.append(set_leaf(norm, "affine_weight", weight))
-            pairs.append(set_leaf(norm, "affine_bias", bias))
+    for biggan in network.modules():
+        if isinstance(biggan, BigGAN) and biggan.generator.bn.running_means is not None:
+            pairs += derive_norms(biggan.generator, truncation)
     return pairs
+
+
+def derive_norms(generator, truncation):
+    """The conditional norms' part of `derive`.
+
+    A GPU adds a convolution's bias in a pass over the whole image, and sums the gradient over it in
+    another. So the blocks leave biases out, and the next norm makes up for them. Those of conv_3
+    stay missing in the residual stream, until self-attention or the last norm.
+    """
+    pairs = []
+    missing = torch.zeros_like(generator.layers[0].bn_0.running_means[0])
+    for layer in generator.layers:
+        pairs.append(set_leaf(layer, "missing", missing))
+        missing = layer.missing
+        if isinstance(layer, SelfAttention):
+            missing = torch.zeros_like(missing)
+            continue
+        pairs += derive_norm(layer.bn_0, truncation, missing)
+        pairs += derive_norm(layer.bn_1, truncation, layer.conv_0.bias)
+        pairs += derive_norm(layer.bn_2, truncation, layer.conv_1.bias)
+        pairs += derive_norm(layer.bn_3, truncation, layer.conv_2.bias)
+        missing = missing[: layer.outputs] + layer.conv_3.bias
+    return pairs + derive_norm(generator.bn, truncation, missing)
+
+
+def derive_norm(norm, truncation, missing):
+    """The pairs of `derive` for a conditional norm whose input lacks `missing`."""
+    weight, bias = norm.affine(truncation, missing)
+    return [set_leaf(norm, "affine_weight", weight), set_leaf(norm, "affine_bias", bias)]
 
 
 @torch.no_grad()
@@ -1239,6 +1270,8 @@ def fold(network, truncation=1.0):
             module.affine_bias = nn.Parameter(module.affine_bias)
             module.scale = module.offset = module.weight = module.bias = None
             module.running_means = module.running_vars = None
+        elif isinstance(module, SelfAttention):
+            module.missing = nn.Parameter(module.missing)
         elif hasattr(module, "weight_orig"):
             weight = module.__dict__.pop("weight")
             del module.weight_orig, module.weight_u, module.weight_v
@@ -1250,28 +1283,34 @@ def fold(network, truncation=1.0):
 
 
 class GenBlock(nn.Module):
-    """BigGAN-deep's residual block: (N, inputs, H, W) -> (N, outputs, H or 2 H, W or 2 W)."""
+    """BigGAN-deep's residual block: (N, inputs, H, W) -> (N, outputs, H or 2 H, W or 2 W).
+
+    Without the biases of its convolutions, see derive_norms.
+    """
 
     def __init__(self, inputs, outputs, condition, up):
         super().__init__()
         middle = inputs // 4
-        conv_or_upsample = UpsampleConv2d if up else nn.Conv2d
         self.outputs = outputs
         self.up = up
         self.bn_0 = ConditionalNorm(inputs, condition)
         self.conv_0 = spectral(nn.Conv2d(inputs, middle, 1))
         self.bn_1 = ConditionalNorm(middle, condition)
-        self.conv_1 = spectral(conv_or_upsample(middle, middle, 3, padding=1))
+        self.conv_1 = spectral(nn.Conv2d(middle, middle, 3, padding=1))
         self.bn_2 = ConditionalNorm(middle, condition)
         self.conv_2 = spectral(nn.Conv2d(middle, middle, 3, padding=1))
         self.bn_3 = ConditionalNorm(middle, condition)
         self.conv_3 = spectral(nn.Conv2d(middle, outputs, 1))
 
     def forward(self, x, condition):
-        h = self.conv_0(self.bn_0(x, condition))  # (N, middle, H, W)
-        h = self.conv_1(self.bn_1(h, condition))  # (N, middle, 2 H, 2 W) if up
-        h = self.conv_2(self.bn_2(h, condition))
-        h = self.conv_3(self.bn_3(h, condition))  # (N, outputs, ...)
+        h = F.conv2d(self.bn_0(x, condition), self.conv_0.weight)  # (N, middle, H, W)
+        h = self.bn_1(h, condition)
+        if self.up:
+            h = upsample_conv2d(h, self.conv_1.weight)  # (N, middle, 2 H, 2 W)
+        else:
+            h = F.conv2d(h, self.conv_1.weight, padding=1)
+        h = F.conv2d(self.bn_2(h, condition), self.conv_2.weight, padding=1)
+        h = F.conv2d(self.bn_3(h, condition), self.conv_3.weight)  # (N, outputs, ...)
         skip = x[:, : self.outputs]  # where the channels become fewer, the last ones are dropped
         if self.up:
             skip = upsample(skip)
@@ -1279,7 +1318,10 @@ class GenBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Each position looks at all positions of the half-sized image (Zhang et al. 2019)."""
+    """Each position looks at all positions of the half-sized image (Zhang et al. 2019).
+
+    Adds the biases that blocks have left out, see derive_norms.
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -1290,6 +1332,7 @@ class SelfAttention(nn.Module):
         self.snconv1x1_o_conv = spectral(nn.Conv2d(channels // 2, channels, 1, bias=False))
 
     def forward(self, x, condition):
+        x = x + self.missing.to(x.dtype)[:, None, None]
         query = self.snconv1x1_theta(x)
         key = F.max_pool2d(self.snconv1x1_phi(x), 2)
         value = F.max_pool2d(self.snconv1x1_g(x), 2)
@@ -1446,6 +1489,9 @@ def random_networks(config, small_u2net, seed=0):
         # At first far from the ends of tanh and sigmoid, to measure what goes into them.
         biggan.generator.conv_to_rgb.bias.zero_()
         biggan.generator.bn.weight *= 0.01
+        for layer in biggan.generator.layers.modules():
+            if isinstance(layer, nn.Conv2d) and layer.bias is not None:
+                layer.bias.zero_()  # blocks leave them out, and what norms see has to be measured
         u2net.outconv.weight *= 0.01
         z = torch.randn(8, biggan.z_dim)
         y = torch.randint(biggan.embeddings.in_features, (8,))
@@ -1474,7 +1520,7 @@ def set_statistics(norm, inputs):
     else:
         norm.running_means[:] = mean
         norm.running_vars[:] = variance
-        derive(norm, 1.0)
+        derive_norm(norm, 1.0, 0.0)
 
 
 def load_imagenet_generator(path, raw=False):

@@ -29,6 +29,7 @@ from kernels.layers import (
     shuffle_patches,
     spectral,
     upsample,
+    upsample_conv2d,
     without_autocast,
 )
 
@@ -54,6 +55,7 @@ __all__ = [
     "spectral",
     "style_loss",
     "upsample",
+    "upsample_conv2d",
     "use_triton",
     "without_autocast",
 ]

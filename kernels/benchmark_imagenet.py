@@ -31,6 +31,7 @@ from kernels import (  # noqa: E402
     compose,
     draw_patch_windows,
     power_iteration,
+    upsample_conv2d,
 )
 
 # The level from which on each change is in. The first one is not the same in the two tasks.
@@ -83,19 +84,20 @@ def plain_norm(norm, x, condition):
 
 
 def plain_upsample(convolution, x):
-    """UpsampleConv2d.forward in the published order: upsample, then convolve."""
-    x = F.interpolate(x, scale_factor=2)
-    return F.conv2d(x, convolution.weight, convolution.bias, padding=1)
+    """upsample_conv2d in the published order: upsample, then convolve."""
+    return convolution(F.interpolate(x, scale_factor=2))
 
 
 def plain_block(block, x, condition, level):
     """GenBlock.forward with plain norms, and plain upsampling below CHEAPER_CONVOLUTIONS."""
     h = block.conv_0(plain_norm(block.bn_0, x, condition))
     h = plain_norm(block.bn_1, h, condition)
-    if block.up and level < CHEAPER_CONVOLUTIONS:
+    if not block.up:
+        h = block.conv_1(h)
+    elif level < CHEAPER_CONVOLUTIONS:
         h = plain_upsample(block.conv_1, h)
     else:
-        h = block.conv_1(h)
+        h = upsample_conv2d(h, block.conv_1.weight, block.conv_1.bias)
     h = block.conv_2(plain_norm(block.bn_2, h, condition))
     h = block.conv_3(plain_norm(block.bn_3, h, condition))
     skip = x[:, : block.outputs]
@@ -113,8 +115,8 @@ def plain_biggan(biggan, z, y, level):
     for layer in generator.layers:
         if isinstance(layer, train_cgn.GenBlock):
             h = plain_block(layer, h, condition, level)
-        else:
-            h = layer(h, condition)
+        else:  # adds biases that our blocks leave out, and plain ones do not
+            h = layer(h - layer.missing[:, None, None], condition)
     h = plain_norm(generator.bn, h, condition)
     rgb = generator.conv_to_rgb
     if level < CHEAPER_CONVOLUTIONS:

@@ -38,20 +38,26 @@ def upsampling_taps(device, dtype):
     return sums.view(9, 16).to(device, dtype)
 
 
-class UpsampleConv2d(nn.Conv2d):
+def upsample_conv2d(x, weight, bias=None):
     """Nearest-neighbor upsampling by 2 and a 3 x 3 convolution (padding 1), computed in one.
 
-    (N, C, H, W) -> (N, out_channels, 2 H, 2 W). An output pixel sees only 2 x 2 different input
-    pixels, so a transposed 4 x 4 convolution with summed taps gives the same result with 4/9 of the
-    multiplications, and the upsampled image is never written to memory.
+    x: (N, C, H, W). weight: (out, C, 3, 3). bias: (out,). Returns (N, out, 2 H, 2 W). An output
+    pixel sees only 2 x 2 different input pixels, so a transposed 4 x 4 convolution with summed taps
+    gives the same result with 4/9 of the multiplications, and the upsampled image is never written
+    to memory.
     """
+    taps = upsampling_taps(weight.device, weight.dtype)
+    kernel = weight.flatten(2) @ taps  # (out, in, 16)
+    kernel = kernel.unflatten(2, (4, 4)).transpose(0, 1)  # (in, out, 4, 4)
+    x = x.contiguous(memory_format=torch.channels_last)  # up to three times as fast on a CPU
+    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
+
+
+class UpsampleConv2d(nn.Conv2d):
+    """upsample_conv2d as a layer: (N, C, H, W) -> (N, out_channels, 2 H, 2 W)."""
 
     def forward(self, x):
-        taps = upsampling_taps(self.weight.device, self.weight.dtype)
-        kernel = self.weight.flatten(2) @ taps  # (out, in, 16)
-        kernel = kernel.unflatten(2, (4, 4)).transpose(0, 1)  # (in, out, 4, 4)
-        x = x.contiguous(memory_format=torch.channels_last)  # up to three times as fast on a CPU
-        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
+        return upsample_conv2d(x, self.weight, self.bias)
 
 
 def normalized_conv2d(x, norm, convolution):

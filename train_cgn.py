@@ -62,7 +62,9 @@ def load_vgg(args, device, bf16, layer_weights):
         state = weights.random_vgg16_features(max(layers))
     else:
         state = weights.load_vgg16_features(args.weights_dir, max(layers))
-    return VGG16Features(state).to(device, torch.bfloat16 if bf16 else torch.float32)
+    vgg = VGG16Features(state).to(device, torch.bfloat16 if bf16 else torch.float32)
+    vgg.kernels = args.kernels
+    return vgg
 
 
 def perceptual_loss(vgg, image, target, layer_weights, backend="auto"):
@@ -1792,7 +1794,7 @@ def train_imagenet(args, device):
     cgn.to(device).train()
     average.to(device).requires_grad_(False).eval()
     for module in cgn.modules():
-        if isinstance(module, ConditionalNorm):
+        if hasattr(module, "kernels"):
             module.kernels = args.kernels
     for mechanism in (cgn.f_shape, cgn.f_text, cgn.f_bg):
         mechanism.recompute = args.recompute

@@ -13,6 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import download, runs
+from kernels import convolution_relu, enlarge_map
 
 # VGG-16: index in `features` -> output channels of its 3 x 3 convolutions.
 VGG16_CONVOLUTIONS = {
@@ -147,6 +148,7 @@ class VGG16Features(nn.Module):
     def __init__(self, state, memory_format=torch.channels_last):
         super().__init__()
         self.memory_format = memory_format
+        self.kernels = "auto"  # backend of its kernel
         self.convolutions = nn.ModuleList()
         for name in state:
             if not name.endswith(".weight"):
@@ -167,7 +169,7 @@ class VGG16Features(nn.Module):
         x = image.to(dtype, memory_format=self.memory_format)
         features = []
         for number, convolution in enumerate(self.convolutions, 1):
-            x = F.relu_(convolution(x))
+            x = convolution_relu(x, convolution, backend=self.kernels)
             if number not in STYLE_CONVOLUTIONS:
                 continue
             features.append(x)
@@ -269,14 +271,17 @@ def blob_pictures(generator, count=16, side=32):
 
 
 class ConvNormReLU(nn.Module):
-    """3 x 3 convolution, BatchNorm and ReLU."""
+    """3 x 3 convolution, BatchNorm and ReLU. With the norm folded into the convolution, frozen."""
 
     def __init__(self, inputs, outputs, dilation=1):
         super().__init__()
         self.conv_s1 = nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)
         self.bn_s1 = nn.BatchNorm2d(outputs)
+        self.kernels = "auto"  # backend of its kernel
 
     def forward(self, x):
+        if isinstance(self.bn_s1, nn.Identity):
+            return convolution_relu(x, self.conv_s1, backend=self.kernels)
         return F.relu_(self.bn_s1(self.conv_s1(x)))
 
 
@@ -374,5 +379,6 @@ class U2Net(nn.Module):
             h = resize_like(h, stages[i - 1])
             h = getattr(self, f"stage{i}d")(torch.cat([h, stages[i - 1]], 1))
             sides.insert(0, getattr(self, f"side{i}")(h))
-        masks = torch.cat([resize_like(side, sides[0]) for side in sides], 1)  # (N, 6, H, W)
+        size = sides[0].shape[2:]
+        masks = torch.cat([sides[0], *(enlarge_map(side, size) for side in sides[1:])], 1)
         return self.outconv(masks).float().sigmoid()

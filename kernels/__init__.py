@@ -14,6 +14,7 @@ from kernels.eager import (
     compose,
     composite_losses,
     composite_losses_and_copy,
+    convolution_relu,
     draw_patch_windows,
     gram_matrix,
     sample_patch_images,
@@ -23,6 +24,7 @@ from kernels.eager import (
 from kernels.graphs import GraphedStep, set_rate
 from kernels.layers import (
     UpsampleConv2d,
+    enlarge_map,
     normalized_conv2d,
     normalized_weight,
     power_iteration,
@@ -44,7 +46,9 @@ __all__ = [
     "compose",
     "composite_losses",
     "composite_losses_and_copy",
+    "convolution_relu",
     "draw_patch_windows",
+    "enlarge_map",
     "gram_matrix",
     "normalized_conv2d",
     "normalized_weight",

@@ -1,11 +1,15 @@
-"""Gain, shift and ReLU of a conditional norm as Triton kernels.
+"""Gain, shift and ReLU of a conditional norm, bias and ReLU of a convolution, as Triton kernels.
 
     y = max(x * gain + shift, 0)    gain and shift: a number for each image and channel
+    x becomes max(x + bias, 0)      bias: a number for each channel, frozen
 
 The forward kernel reads x and writes y. The backward kernel reads x and the gradient of y, finds
 out again where the ReLU was open, and writes the gradient of x and sums for those of gain and
 shift: three elements moved for each of x, where plain PyTorch moves about sixteen. Sums are float32
 and run in two stages of fixed order, so that every run gives the same bits.
+
+Bias and ReLU read and write x once. PyTorch on a GPU adds a convolution's bias in a pass of its
+own, one element at a time.
 
 Any sizes and strides; float32, float16 and bfloat16. This file needs only torch and triton and can
 be copied alone.
@@ -95,6 +99,27 @@ def affine_backward_kernel(
     is_channel = channel < channels
     tl.store(partial, tl.sum(gain_sums, 0, keep_dims=True), mask=is_channel)
     tl.store(partial + channels, tl.sum(shift_sums, 0, keep_dims=True), mask=is_channel)
+
+
+@triton.jit
+def bias_relu_kernel(
+    x,  # (N, C, H W), in place
+    bias,  # (C,)
+    channels, positions,
+    x_n, x_c, x_p,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Add the bias and cut at 0, for BLOCK_P positions and BLOCK_C channels of one image."""
+    image = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    position = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    inside = (channel < channels) & (position < positions)
+    shift = tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
+
+    place = x + image * x_n + channel * x_c + position * x_p
+    value = tl.load(place, mask=inside, other=0.0).to(tl.float32) + shift
+    value = tl.where(value < 0, 0.0, value)  # NaN stays NaN
+    tl.store(place, value, mask=inside)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -202,3 +227,34 @@ def gradients(ctx, grad):
 
 
 affine_forward.register_autograd(gradients, setup_context=save_inputs)
+
+
+@torch.library.custom_op("cgn::bias_relu", mutates_args=["x"])
+def bias_relu(x: Tensor, bias: Tensor) -> None:
+    """Make x, (N, C, H, W), max(x + bias, 0); bias (C,)."""
+    n, channels, height, width = x.shape
+    block_p, block_c = tile_sizes(x)
+    grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), n)
+    flat_x = x.view(n, channels, height * width)
+    with on_device(x):
+        bias_relu_kernel[grid](
+            flat_x, bias.contiguous(), channels, height * width, *flat_x.stride(),
+            BLOCK_P=block_p, BLOCK_C=block_c, num_warps=8,
+        )  # fmt: skip
+
+
+class BiasRelu(torch.autograd.Function):
+    """bias_relu with the derivative of x, which looks at the result for where the ReLU was open."""
+
+    @staticmethod
+    def forward(ctx, x, bias):
+        bias_relu(x, bias)
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(x)
+        return x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (y,) = ctx.saved_tensors
+        return torch.ops.aten.threshold_backward(gradient, y, 0), None

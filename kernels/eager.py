@@ -1,7 +1,7 @@
 """The definition, in plain PyTorch, of the operations that a CGN step needs beside its networks.
 
 These are the mask composite with its losses, the style loss of Gram matrices, the patch images, and
-gain, shift and ReLU of conditional norms. The Triton kernels in composite.py, gram.py, patches.py
+gain, shift and ReLU of conditional norms and of frozen convolutions. The Triton kernels in composite.py, gram.py, patches.py
 and affine.py are tested against what stands here, and run on CUDA tensors. `backend="triton"` or
 `"eager"` asks for one of the two; `"auto"` takes Triton wherever it can run.
 """
@@ -366,7 +366,7 @@ def tile_windows(image, corners, patch_size, grid):
 
 
 # --------------------------------------------------------------------------------------------------
-# Conditional norms
+# Conditional norms, and frozen convolutions with a ReLU
 
 
 class AffineRelu(torch.autograd.Function):
@@ -405,3 +405,25 @@ def affine_relu(x, gain_and_shift, *, backend="auto"):
         return affine.affine_forward(x, gain_and_shift)
     gain, shift = gain_and_shift.to(x.dtype)[..., None, None].chunk(2, 1)
     return AffineRelu.apply(x, gain, shift)
+
+
+def convolution_relu(x, convolution, *, backend="auto"):
+    """Return relu(convolution(x)) of a frozen Conv2d, (N, out_channels, H, W) in x's dtype.
+
+    x: (N, in_channels, H, W), in the dtype of the weights. There is no second derivative.
+    ValueError: a convolution that is trained or has no bias, or a backend that cannot run.
+    """
+    bias = convolution.bias
+    if bias is None or bias.requires_grad or convolution.weight.requires_grad:
+        raise ValueError("convolution should be frozen, with a bias")
+    if not use_triton(backend, x, bias):
+        return F.relu_(convolution(x))
+    x = F.conv2d(
+        x,
+        convolution.weight,
+        stride=convolution.stride,
+        padding=convolution.padding,
+        dilation=convolution.dilation,
+        groups=convolution.groups,
+    )
+    return affine.BiasRelu.apply(x, bias)

@@ -1,7 +1,7 @@
 """Layers that give what plain PyTorch gives at a lower cost, in one form for every device.
 
-Upsampling within the convolution behind it, BatchNorm within the convolution behind it, spectral
-normalization, and the shuffling of textures. This file needs only torch and can be copied alone.
+Upsampling within the convolution behind it, BatchNorm within the convolution behind it, enlarged
+maps, spectral normalization, and the shuffling of textures. This file needs only torch and can be copied alone.
 """
 
 import functools
@@ -96,6 +96,30 @@ def normalized_conv2d(x, norm, convolution):
         convolution.padding,
         convolution.dilation,
     )
+
+
+@functools.cache
+@torch.inference_mode(False)
+def interpolation_matrix(length, size, device):
+    """What linear interpolation multiplies a line of `length` values by: float32 (size, length).
+
+    The first and last values stay where they are (align_corners).
+    """
+    lines = torch.eye(length)[None]  # one for each value
+    lines = F.interpolate(lines, size, mode="linear", align_corners=True)  # (1, length, size)
+    return lines[0].t().contiguous().to(device)
+
+
+def enlarge_map(x, size):
+    """Bilinear interpolation (align_corners) of maps of one channel, as two products of matrices.
+
+    x: (N, 1, h, w). size: (H, W). Returns (N, 1, H, W) in x's dtype. A GPU takes the derivative of
+    F.interpolate with one atomic sum for each large pixel: slow where one small pixel gets many.
+    """
+    rows = interpolation_matrix(x.shape[2], size[0], x.device)
+    columns = interpolation_matrix(x.shape[3], size[1], x.device)
+    with without_autocast(x):
+        return (rows @ x.float() @ columns.t()).to(x.dtype)
 
 
 @torch.no_grad()

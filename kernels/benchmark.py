@@ -379,7 +379,7 @@ def copy_speed(device):
     return 2 * size / shortest_time(10, device, copy.copy_, source)
 
 
-def matmul_speeds(device):
+def matmul_speeds(device, dtypes):
     """Dtype -> FLOP/s of a large matmul."""
     side = 1536
     repeats = 3
@@ -387,7 +387,7 @@ def matmul_speeds(device):
         side = 8192
         repeats = 10
     speeds = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in dtypes:
         a = torch.randn(side, side, device=device).to(dtype)
         speeds[dtype] = 2 * side**3 / shortest_time(repeats, device, torch.matmul, a, a)
     return speeds
@@ -603,7 +603,7 @@ def main():
     dtypes = [getattr(torch, name) for name in names]
 
     copy = copy_speed(device)
-    matmul = matmul_speeds(device)
+    matmul = matmul_speeds(device, dtypes)
     notes = describe_machine(device, copy, matmul, names)
     print(*notes, sep="\n")
     print_row(COLUMNS)

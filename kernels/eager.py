@@ -1,9 +1,10 @@
 """The definition, in plain PyTorch, of the operations that a CGN step needs beside its networks.
 
 These are the mask composite with its losses, the style loss of Gram matrices, the patch images, and
-gain, shift and ReLU of conditional norms and of frozen convolutions. The Triton kernels in composite.py, gram.py, patches.py
-and affine.py are tested against what stands here, and run on CUDA tensors. `backend="triton"` or
-`"eager"` asks for one of the two; `"auto"` takes Triton wherever it can run.
+what stands before a ReLU: gain and shift of conditional norms, biases of frozen convolutions. The
+Triton kernels in composite.py, gram.py, patches.py and affine.py are tested against what stands
+here, and run on CUDA tensors. `backend="triton"` or `"eager"` asks for one of the two; `"auto"`
+takes Triton wherever it can run.
 """
 
 from typing import NamedTuple

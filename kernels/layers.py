@@ -1,9 +1,11 @@
 """Layers that give what plain PyTorch gives at a lower cost, in one form for every device.
 
 Upsampling within the convolution behind it, BatchNorm within the convolution behind it, enlarged
-maps, spectral normalization, and the shuffling of textures. This file needs only torch and can be copied alone.
+maps, spectral normalization, and the shuffling of textures. This file needs only torch and can be
+copied alone.
 """
 
+import contextlib
 import functools
 
 import torch
@@ -16,6 +18,8 @@ def without_autocast(x):
 
     CUDA's autocast makes resized images float32, and the vectors of a power iteration bfloat16.
     """
+    if not torch.amp.is_autocast_available(x.device.type):  # device "meta"
+        return contextlib.nullcontext()
     return torch.autocast(x.device.type, enabled=False)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -907,6 +908,17 @@ def test_benchmark_stops_at_a_wrong_result():
     for wrong in (not_a_number, half_a_percent):
         with pytest.raises(SystemExit, match="a form: result"):
             benchmark.check_results(wrong, right, torch.float32, "a form")
+
+
+def test_bytes_of_every_case_of_the_benchmark():
+    """The forms run on device "meta", where tensors have no numbers."""
+    args = types.SimpleNamespace(operations=benchmark.OPERATIONS, shapes=list(benchmark.BATCHES))
+    operations = set()
+    for case in benchmark.all_cases(args, [torch.float32, torch.bfloat16], torch.device("meta")):
+        operations.add(case.operation)
+        moved = benchmark.bytes_by_variant(case)
+        assert all(number > 0 for phases in moved.values() for number in phases), case.shape
+    assert operations == set(benchmark.OPERATIONS)
 
 
 def multiply_images(mask, image):

@@ -823,7 +823,8 @@ def test_two_ranks_train_and_test_like_one(miniature, folders, tmp_path):
     b = load(tmp_path / "two" / "weights.pt")["ensemble"]
     for name in a:
         if "weight" in name:
-            tolerance = 1e-4 * a[name].abs().max() + 1e-6
+            # A rounding error can open a ReLU: up to 2e-3 then, where twice the rate gives 0.2.
+            tolerance = 4e-3 * a[name].abs().max()
             assert (a[name] - b[name]).abs().max() <= tolerance, name
 
 

@@ -30,6 +30,16 @@ LOOPS = 8  # tiles of a program in the backward pass, at most
 
 
 @triton.jit
+def tile_of_program(channels, positions, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Image, row of channels and column of positions of a program, and which of them there are."""
+    image = tl.program_id(2).to(tl.int64)
+    channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
+    position = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    inside = (channel < channels) & (position < positions)
+    return image, channel, position, inside
+
+
+@triton.jit
 def gain_and_shift(affine, image, channel, channels):
     """Those of one image, for a row of channels, in float32."""
     affine += image * 2 * channels + channel
@@ -49,10 +59,7 @@ def affine_forward_kernel(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write y for BLOCK_P positions and BLOCK_C channels of one image."""
-    image = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    position = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    inside = (channel < channels) & (position < positions)
+    image, channel, position, inside = tile_of_program(channels, positions, BLOCK_P, BLOCK_C)
     gain, shift = gain_and_shift(affine, image, channel, channels)
 
     place = x + image * x_n + channel * x_c + position * x_p
@@ -110,10 +117,7 @@ def bias_relu_kernel(
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Add the bias and cut at 0, for BLOCK_P positions and BLOCK_C channels of one image."""
-    image = tl.program_id(2).to(tl.int64)
-    channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    position = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    inside = (channel < channels) & (position < positions)
+    image, channel, position, inside = tile_of_program(channels, positions, BLOCK_P, BLOCK_C)
     shift = tl.load(bias + channel, mask=channel < channels, other=0.0).to(tl.float32)
 
     place = x + image * x_n + channel * x_c + position * x_p

@@ -821,11 +821,16 @@ def test_two_ranks_train_and_test_like_one(miniature, folders, tmp_path):
 
     a = load(tmp_path / "one" / "weights.pt")["ensemble"]
     b = load(tmp_path / "two" / "weights.pt")["ensemble"]
+    deviations = {}
     for name in a:
         if "weight" in name:
-            # A rounding error can open a ReLU: up to 2e-3 then, where twice the rate gives 0.2.
-            tolerance = 4e-3 * a[name].abs().max()
-            assert (a[name] - b[name]).abs().max() <= tolerance, name
+            deviations[name] = ((a[name] - b[name]).abs().max() / a[name].abs().max()).item()
+    assert all(deviations[f"heads.{index}.weight"] <= 1e-4 for index in range(3))
+    # A rounding error can open a ReLU, and the layers before it deviate by up to 2e-3 then. Twice
+    # the rate makes 0.8 in the heads and 0.2 in the first layer.
+    ordered = sorted(deviations.values())
+    assert ordered[len(ordered) * 3 // 4] <= 1e-4
+    assert ordered[-1] <= 4e-3
 
 
 def test_saved_weights_are_evaluated_to_the_same_results(whole, folders, tmp_path):

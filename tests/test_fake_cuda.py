@@ -146,9 +146,9 @@ def imagenet_batch(derivatives):
 
 def test_imagenet_stays_in_bfloat16(fake_cuda):
     tally = imagenet_batch(derivatives=False)
-    # A little above what was counted: 1,535 operators and 78 GB without a driver, less with
-    # one, which brings fused attention. What depends on the weights alone is computed once
-    # per step, and not counted.
+    # A little above what was counted: 1,535 operators and 78 GB without a driver; one
+    # brings fused attention. What depends on the weights alone is computed once per step, and not
+    # counted.
     assert tally.operators < 1_600
     assert tally.bytes < 82e9
 

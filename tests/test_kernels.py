@@ -17,11 +17,11 @@ import kernels
 import train_cgn
 from kernels import (
     affine_relu,
-    convolution_relu,
     benchmark,
     compose,
     composite_losses,
     composite_losses_and_copy,
+    convolution_relu,
     draw_patch_windows,
     eager,
     gram_matrix,

@@ -14,9 +14,9 @@ from data import weights
 from kernels import (
     StyleLoss,
     UpsampleConv2d,
-    enlarge_map,
     composite_losses,
     eager,
+    enlarge_map,
     gram_matrix,
     shuffle_patches,
     style_loss,

@@ -32,6 +32,7 @@ from data.weights import ConvNormReLU, U2Net, VGG16Features
 from kernels import (
     GraphedStep,
     UpsampleConv2d,
+    add_enlarged,
     affine_relu,
     compose,
     composite_losses_and_copy,
@@ -43,8 +44,8 @@ from kernels import (
     shuffle_patches,
     spectral,
     style_loss,
-    upsample,
     upsample_conv2d,
+    upsampling_kernel,
     use_triton,
     without_autocast,
 )
@@ -1189,8 +1190,8 @@ class ConditionalNorm(nn.Module):
 
 
 def derive(network, truncation):
-    """Compute what layers use from their parameters: weights divided by their spectral norm, and
-    conditional norms as linear layers, for this truncation.
+    """Compute what layers use from their parameters: weights divided by their spectral norm, of
+    upsampling layers the kernel, and conditional norms as linear layers, for this truncation.
 
     To be called whenever parameters have changed. Returns pairs (derived tensor, the leaf that the
     layer uses): gradients gather in the leaves, over any number of batches, and pass_gradients
@@ -1200,7 +1201,10 @@ def derive(network, truncation):
     pairs = []
     for layer in network.modules():
         if hasattr(layer, "weight_orig"):
-            pairs.append(set_leaf(layer, "weight", normalized_weight(layer)))
+            weight = normalized_weight(layer)
+            if isinstance(layer, UpsampleConv2d):
+                weight = upsampling_kernel(weight)
+            pairs.append(set_leaf(layer, "weight", weight))
     for biggan in network.modules():
         if isinstance(biggan, BigGAN) and biggan.generator.bn.running_means is not None:
             pairs += derive_norms(biggan.generator, truncation)
@@ -1295,10 +1299,12 @@ class GenBlock(nn.Module):
         middle = inputs // 4
         self.outputs = outputs
         self.up = up
+        self.kernels = "auto"  # backend of its sum
         self.bn_0 = ConditionalNorm(inputs, condition)
         self.conv_0 = spectral(nn.Conv2d(inputs, middle, 1))
         self.bn_1 = ConditionalNorm(middle, condition)
-        self.conv_1 = spectral(nn.Conv2d(middle, middle, 3, padding=1))
+        convolution = UpsampleConv2d if up else nn.Conv2d
+        self.conv_1 = spectral(convolution(middle, middle, 3, padding=1))
         self.bn_2 = ConditionalNorm(middle, condition)
         self.conv_2 = spectral(nn.Conv2d(middle, middle, 3, padding=1))
         self.bn_3 = ConditionalNorm(middle, condition)
@@ -1313,10 +1319,12 @@ class GenBlock(nn.Module):
             h = F.conv2d(h, self.conv_1.weight, padding=1)
         h = F.conv2d(self.bn_2(h, condition), self.conv_2.weight, padding=1)
         h = F.conv2d(self.bn_3(h, condition), self.conv_3.weight)  # (N, outputs, ...)
-        skip = x[:, : self.outputs]  # where the channels become fewer, the last ones are dropped
+        # Where the channels become fewer, the last ones of x are left out.
         if self.up:
-            skip = upsample(skip)
-        return h + skip
+            return add_enlarged(h, x, backend=self.kernels)
+        if self.outputs < x.shape[1]:
+            x = x[:, : self.outputs]
+        return h + x
 
 
 class SelfAttention(nn.Module):
@@ -1791,7 +1799,8 @@ def train_imagenet(args, device):
     # The average keeps a U^2-Net as published, to be saved in weights.pt.
     fold(cgn.biggan_GT.eval(), args.truncation).to(dtype)
     fold(cgn.u2net.eval()).to(dtype)
-    cgn.to(device).train()
+    # Convolutions of images that are channels last want their weights so, too.
+    cgn.to(device, memory_format=torch.channels_last).train()
     average.to(device).requires_grad_(False).eval()
     for module in cgn.modules():
         if hasattr(module, "kernels"):

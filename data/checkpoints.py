@@ -195,11 +195,12 @@ class Training:
         content["window"] = window
         newest = self.out / "checkpoint.pt"
         runs.save_tensors(self.out / "checkpoint_new.pt", content)
+        # A run that is killed here draws it again: the checkpoint before is still the newest.
+        if self.draw_sheet:
+            self.save_sheet(self.out / "sheet.png")
         if newest.is_file():
             os.replace(newest, self.out / "checkpoint_before.pt")
         os.replace(self.out / "checkpoint_new.pt", newest)
-        if self.draw_sheet:
-            self.save_sheet(self.out / "sheet.png")
 
     def save_weights(self, file, content):
         """Write what a reader of the weights needs of `content`: no networks of training alone."""

@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import download, runs
-from kernels import convolution_relu, enlarge_map
+from kernels import convolution_relu, enlarge, max_pool
 
 # VGG-16: index in `features` -> output channels of its 3 x 3 convolutions.
 VGG16_CONVOLUTIONS = {
@@ -176,7 +176,7 @@ class VGG16Features(nn.Module):
             if len(features) == layers:
                 break
             if number < len(self.convolutions):
-                x = F.max_pool2d(x, 2)
+                x = max_pool(x, backend=self.kernels)
         return features
 
 
@@ -285,14 +285,6 @@ class ConvNormReLU(nn.Module):
         return F.relu_(self.bn_s1(self.conv_s1(x)))
 
 
-def resize_like(x, other):
-    """x (N, C, h, w), bilinearly resized to the height and width of `other`."""
-    size = other.shape[2:]
-    if x.shape[2:] == size:
-        return x
-    return F.interpolate(x, size, mode="bilinear", align_corners=True)
-
-
 class RSU(nn.Module):
     """Residual U-block of U^2-Net: a U-Net of `depth` levels behind a first convolution, added to
     that convolution's features.
@@ -304,6 +296,7 @@ class RSU(nn.Module):
         super().__init__()
         self.depth = depth
         self.dilated = dilated
+        self.kernels = "auto"  # backend of its pooling and enlargement
         if dilated:
             dilations = [2**level for level in range(depth)]
         else:
@@ -322,12 +315,12 @@ class RSU(nn.Module):
         levels = []
         for i in range(1, self.depth):
             if levels and not self.dilated:
-                h = F.max_pool2d(h, 2, ceil_mode=True)
+                h = max_pool(h, ceil_mode=True, backend=self.kernels)
             h = getattr(self, f"rebnconv{i}")(h)
             levels.append(h)
         h = getattr(self, f"rebnconv{self.depth}")(h)
         for i in reversed(range(1, self.depth)):
-            h = resize_like(h, levels[i - 1])
+            h = enlarge(h, levels[i - 1].shape[2:], backend=self.kernels)
             h = getattr(self, f"rebnconv{i}d")(torch.cat([h, levels[i - 1]], 1))
         return h + entry
 
@@ -341,6 +334,7 @@ class U2Net(nn.Module):
 
     def __init__(self, small=False):
         super().__init__()
+        self.kernels = "auto"  # backend of its pooling and enlargement
         depths = [7, 6, 5, 4, 4, 4]
         if small:
             encoder = [64] * 6  # output channels of the stages
@@ -371,14 +365,14 @@ class U2Net(nn.Module):
         stages = []
         for i in range(1, 7):
             if stages:
-                h = F.max_pool2d(h, 2, ceil_mode=True)
+                h = max_pool(h, ceil_mode=True, backend=self.kernels)
             h = getattr(self, f"stage{i}")(h)
             stages.append(h)
         sides = [self.side6(h)]  # coarse masks, the finest first in the end
         for i in range(5, 0, -1):
-            h = resize_like(h, stages[i - 1])
+            h = enlarge(h, stages[i - 1].shape[2:], backend=self.kernels)
             h = getattr(self, f"stage{i}d")(torch.cat([h, stages[i - 1]], 1))
             sides.insert(0, getattr(self, f"side{i}")(h))
         size = sides[0].shape[2:]
-        masks = torch.cat([sides[0], *(enlarge_map(side, size) for side in sides[1:])], 1)
-        return self.outconv(masks).float().sigmoid()
+        masks = [enlarge(side, size, backend=self.kernels) for side in sides]
+        return self.outconv(torch.cat(masks, 1)).float().sigmoid()

@@ -1,8 +1,9 @@
 """Operations and layers outside plain PyTorch: mask composite, style loss, patch images, norms.
 
-`eager.py` holds the definitions and chooses the backend; `composite.py`, `gram.py`, `patches.py`
-and `affine.py` hold the same operations as Triton kernels; `layers.py` holds layers that have one
-form for every device, `graphs.py` training steps as CUDA graphs. This file only gathers the names.
+`eager.py` holds the definitions and chooses the backend; `composite.py`, `gram.py`, `patches.py`,
+`affine.py` and `resize.py` hold the same operations as Triton kernels; `layers.py` holds layers
+that have one form for every device, `graphs.py` training steps as CUDA graphs. This file only
+gathers the names.
 """
 
 from kernels.eager import (
@@ -10,13 +11,16 @@ from kernels.eager import (
     MaskEntropy,
     StyleLoss,
     accumulation_type,
+    add_enlarged,
     affine_relu,
     compose,
     composite_losses,
     composite_losses_and_copy,
     convolution_relu,
     draw_patch_windows,
+    enlarge,
     gram_matrix,
+    max_pool,
     sample_patch_images,
     style_loss,
     use_triton,
@@ -24,14 +28,13 @@ from kernels.eager import (
 from kernels.graphs import GraphedStep, set_rate
 from kernels.layers import (
     UpsampleConv2d,
-    enlarge_map,
     normalized_conv2d,
     normalized_weight,
     power_iteration,
     shuffle_patches,
     spectral,
-    upsample,
     upsample_conv2d,
+    upsampling_kernel,
     without_autocast,
 )
 
@@ -42,14 +45,16 @@ __all__ = [
     "StyleLoss",
     "UpsampleConv2d",
     "accumulation_type",
+    "add_enlarged",
     "affine_relu",
     "compose",
     "composite_losses",
     "composite_losses_and_copy",
     "convolution_relu",
     "draw_patch_windows",
-    "enlarge_map",
+    "enlarge",
     "gram_matrix",
+    "max_pool",
     "normalized_conv2d",
     "normalized_weight",
     "power_iteration",
@@ -58,8 +63,8 @@ __all__ = [
     "shuffle_patches",
     "spectral",
     "style_loss",
-    "upsample",
     "upsample_conv2d",
+    "upsampling_kernel",
     "use_triton",
     "without_autocast",
 ]

@@ -31,14 +31,17 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import (  # noqa: E402  (needs the path above)
+    add_enlarged,
     affine_relu,
     composite_losses_and_copy,
     eager,
+    enlarge,
+    max_pool,
     sample_patch_images,
     style_loss,
 )
 
-OPERATIONS = ("composite", "style", "patches", "affine")
+OPERATIONS = ("composite", "style", "patches", "affine", "resize")
 BATCHES = {"mnist": (32, (32, 512)), "imagenet": (256, (4, 16))}  # size, numbers of images
 VGG_LAYERS = {  # channels, and how much smaller than the image
     "relu1_2": (64, 1),
@@ -263,6 +266,54 @@ def affine_case(n, channels, side, dtype, device):
     )
 
 
+def both_backends(function, *args):
+    """The variants of a function of tensors and a backend."""
+    variants = {}
+    for backend in ("eager", "triton"):
+        call = functools.partial(function, backend=backend)
+        variants[backend] = lambda *inputs, call=call: (call(*inputs, *args),)
+    return variants
+
+
+def random_leaves(shapes, dtype, device):
+    return channels_last(*(torch.randn(shape, device=device).to(dtype) for shape in shapes)), []
+
+
+def resize_cases(n, size, dtype, device):
+    """The residual sum behind BigGAN's last block, and the largest enlargement and pooling of
+    U^2-Net.
+    """
+    elements = n * 64 * size**2  # of the large images, the sum's are twice as many
+    image = elements * dtype.itemsize
+    small = (n, 64, size // 2, size // 2)
+    shapes_and_bytes = {
+        "add_enlarged": (
+            [(n, 128, size, size), (n, 256, size // 2, size // 2)],
+            both_backends(add_enlarged),
+            (4.5 * image, 3 * image),
+        ),
+        "enlarge": (
+            [small],
+            both_backends(enlarge, (size, size)),
+            (1.25 * image, 2.25 * image),
+        ),
+        "max_pool": (
+            [(n, 64, size, size)],
+            both_backends(max_pool),
+            (1.25 * image + elements / 4, 1.25 * image + elements / 4),
+        ),
+    }
+    for name, (shapes, variants, triton_bytes) in shapes_and_bytes.items():
+        yield Case(
+            operation="resize",
+            shape=f"{name} {n} x {shapes[0][1]} x {shapes[0][2]}^2",
+            dtype=dtype,
+            make_inputs=functools.partial(random_leaves, shapes, dtype, device),
+            variants=variants,
+            triton_bytes=triton_bytes,
+        )
+
+
 def all_cases(args, dtypes, device):
     for dtype in dtypes:
         for shapes in args.shapes:
@@ -275,6 +326,8 @@ def all_cases(args, dtypes, device):
                 if "affine" in args.operations and shapes == "imagenet":
                     for channels, side in NORMS:
                         yield affine_case(n, channels, side, dtype, device)
+                if "resize" in args.operations and shapes == "imagenet":
+                    yield from resize_cases(n, size, dtype, device)
                 if "style" in args.operations:
                     for layer in VGG_LAYERS:
                         yield style_case(n, size, layer, dtype, device)

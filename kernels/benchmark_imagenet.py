@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_cgn  # noqa: E402  (needs the path above)
 from data import runs, weights  # noqa: E402
 from kernels import (  # noqa: E402
+    UpsampleConv2d,
     compose,
     draw_patch_windows,
     power_iteration,
@@ -83,11 +84,6 @@ def plain_norm(norm, x, condition):
     return F.relu(x * gain[..., None, None] + shift[..., None, None])
 
 
-def plain_upsample(convolution, x):
-    """upsample_conv2d in the published order: upsample, then convolve."""
-    return convolution(F.interpolate(x, scale_factor=2))
-
-
 def plain_block(block, x, condition, level):
     """GenBlock.forward with plain norms, and plain upsampling below CHEAPER_CONVOLUTIONS."""
     h = block.conv_0(plain_norm(block.bn_0, x, condition))
@@ -95,7 +91,7 @@ def plain_block(block, x, condition, level):
     if not block.up:
         h = block.conv_1(h)
     elif level < CHEAPER_CONVOLUTIONS:
-        h = plain_upsample(block.conv_1, h)
+        h = block.conv_1(F.interpolate(h, scale_factor=2))
     else:
         h = upsample_conv2d(h, block.conv_1.weight, block.conv_1.bias)
     h = block.conv_2(plain_norm(block.bn_2, h, condition))
@@ -131,10 +127,15 @@ def run_biggan(biggan, z, y, level):
     return biggan(z, y)
 
 
-def random_cgn():
+def random_cgn(level):
     """The networks at full size, with random weights that keep activations finite."""
     torch.manual_seed(0)
     cgn = train_cgn.ImageNetCGN()
+    for layer in cgn.modules():
+        if level < CHEAPER_CONVOLUTIONS and isinstance(layer, UpsampleConv2d):
+            layer.__class__ = nn.Conv2d  # which plain_block calls behind the upsampling
+    if level >= CHANNELS_LAST:
+        cgn.to(memory_format=torch.channels_last)
     # Spectral norms divide by estimates, which at first are far too small: images would be NaN.
     for _ in range(10):
         power_iteration(cgn)
@@ -154,7 +155,7 @@ class Generation(NamedTuple):
 
 
 def make_generation(level):
-    cgn = random_cgn().eval()
+    cgn = random_cgn(level).eval()
     z = torch.randn(1, cgn.f_shape.z_dim)
     if level >= FOLDED:
         train_cgn.fold(cgn, TRUNCATION)
@@ -196,7 +197,7 @@ class ImageNetState(NamedTuple):
 
 def make_training(level):
     args = train_cgn.parse_args(["--dataset", "imagenet", "--out", "unused"])
-    cgn = random_cgn().train()
+    cgn = random_cgn(level).train()
     z = torch.randn(1, cgn.f_shape.z_dim)
     for mechanism in (cgn.f_shape, cgn.f_text, cgn.f_bg):
         mechanism.recompute = level >= RECOMPUTE

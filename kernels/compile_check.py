@@ -25,7 +25,7 @@ import triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import affine, composite, gram, patches  # noqa: E402
+from kernels import affine, composite, gram, patches, resize  # noqa: E402
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may use
 TYPE_NAMES = {
@@ -33,6 +33,7 @@ TYPE_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int64: "i64",
 }
 
@@ -111,6 +112,7 @@ def call_every_kernel(dtype, channels_last=False, n=2, size=256, channels=(64, 1
             features = features.to(memory_format=torch.channels_last)
         style_step(features, features.clone())
         affine_step(features)
+        resize_step(features)
         if index == 0:
             style_step(features, torch.empty(n, count, count))  # a Gram matrix
     corners = torch.empty(n, 36, dtype=torch.int64)
@@ -139,6 +141,16 @@ def affine_step(x):
     y = affine.affine_forward(x.detach().requires_grad_(), gain_and_shift)
     y.backward(torch.empty_like(y))
     affine.bias_relu(x, torch.empty(x.shape[1], dtype=x.dtype))
+
+
+def resize_step(x):
+    n, channels, height, width = x.shape
+    size = (2 * height, 2 * width)
+    leaf = x.detach().requires_grad_()
+    larger = resize.Enlarge.apply(leaf, size)
+    total = resize.add_enlarged_forward(larger, leaf)
+    y, _ = resize.max_pool_forward(total, True)
+    y.backward(torch.empty_like(y))
 
 
 def all_launches(every_config):

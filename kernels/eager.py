@@ -1,10 +1,10 @@
 """The definition, in plain PyTorch, of the operations that a CGN step needs beside its networks.
 
-These are the mask composite with its losses, the style loss of Gram matrices, the patch images, and
-what stands before a ReLU: gain and shift of conditional norms, biases of frozen convolutions. The
-Triton kernels in composite.py, gram.py, patches.py and affine.py are tested against what stands
-here, and run on CUDA tensors. `backend="triton"` or `"eager"` asks for one of the two; `"auto"`
-takes Triton wherever it can run.
+These are the mask composite with its losses, the style loss of Gram matrices, the patch images,
+what stands before a ReLU (gain and shift of conditional norms, biases of frozen convolutions), and
+changes of size. The Triton kernels in composite.py, gram.py, patches.py, affine.py and resize.py
+are tested against what stands here, and run on CUDA tensors. `backend="triton"` or `"eager"` asks
+for one of the two; `"auto"` takes Triton wherever it can run.
 """
 
 from typing import NamedTuple
@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from kernels.layers import without_autocast
 
 try:
-    from kernels import affine, composite, gram, patches
+    from kernels import affine, composite, gram, patches, resize
 except ImportError:  # no Triton for this platform
     affine = None
     composite = None
     gram = None
     patches = None
+    resize = None
 
 TINY = 2.0**-24  # 1 - TINY is a float32 number
 FAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # those that the kernels take
@@ -297,8 +298,8 @@ def sample_patch_images(
     check_patch_arguments(image, mask, windows, patch_size, top, grid, work_size)
     triton = use_triton(backend, image, mask)
     size = image.shape[2:]
-    small_image = resize(accumulation_type(image), (work_size, work_size))
-    small_mask = resize(accumulation_type(mask), (work_size, work_size))
+    small_image = resize_bicubic(accumulation_type(image), (work_size, work_size))
+    small_mask = resize_bicubic(accumulation_type(mask), (work_size, work_size))
 
     best = best_windows(small_mask, patch_size, top)  # (N, top)
     if windows is None:
@@ -309,7 +310,7 @@ def sample_patch_images(
         tiled = patches.gather_patches(small_image, corners, patch_size, grid)
     else:
         tiled = tile_windows(small_image, corners, patch_size, grid)
-    return resize(tiled, size).to(image.dtype)
+    return resize_bicubic(tiled, size).to(image.dtype)
 
 
 def check_patch_arguments(image, mask, windows, patch_size, top, grid, work_size):
@@ -332,7 +333,7 @@ def check_patch_arguments(image, mask, windows, patch_size, top, grid, work_size
         )
 
 
-def resize(x, size):
+def resize_bicubic(x, size):
     """Resize (N, C, H, W) to `size`, bicubic."""
     return F.interpolate(x, size, mode="bicubic")
 
@@ -428,3 +429,52 @@ def convolution_relu(x, convolution, *, backend="auto"):
         groups=convolution.groups,
     )
     return affine.BiasRelu.apply(x, bias)
+
+
+# --------------------------------------------------------------------------------------------------
+# Changes of size
+
+
+def add_enlarged(h, x, *, backend="auto"):
+    """Return h plus x's first channels, enlarged by 2 to nearest neighbors: a block's residual sum.
+
+    h: (N, C, 2 H, 2 W). x: (N, C or more, H, W), in h's dtype. Returns (N, C, 2 H, 2 W).
+    ValueError: shapes that do not fit together, or a backend that cannot run.
+    """
+    n, channels, height, width = h.shape
+    if x.shape[1] < channels or (n, height, width) != (len(x), 2 * x.shape[2], 2 * x.shape[3]):
+        raise ValueError(
+            "h should be (N, C, 2 H, 2 W) and x (N, C or more, H, W), not "
+            f"{tuple(h.shape)} and {tuple(x.shape)}"
+        )
+    if use_triton(backend, h, x):
+        return resize.add_enlarged_forward(h, x)
+    with without_autocast(x):
+        return h + F.interpolate(x[:, :channels], scale_factor=2)
+
+
+def enlarge(x, size, *, backend="auto"):
+    """Return images (N, C, h, w) bilinearly enlarged to `size` (H, W), corners on corners.
+
+    On a GPU, PyTorch's derivative of it is a sum for each large pixel in any order, and slow.
+    ValueError: a size below that of x, or a backend that cannot run.
+    """
+    if size[0] < x.shape[2] or size[1] < x.shape[3]:
+        raise ValueError(f"{tuple(x.shape)} cannot be enlarged to {tuple(size)}")
+    if x.shape[2:] == size:
+        return x
+    with without_autocast(x):
+        if use_triton(backend, x):
+            return resize.Enlarge.apply(x, size)
+        return F.interpolate(x, size, mode="bilinear", align_corners=True)
+
+
+def max_pool(x, *, ceil_mode=False, backend="auto"):
+    """Return the largest of each 2 x 2 pixels of x (N, C, H, W): (N, C, H / 2, W / 2).
+
+    ceil_mode: whether the last of an odd number of rows or columns has results of its own.
+    ValueError: a backend that cannot run.
+    """
+    if use_triton(backend, x):
+        return resize.max_pool_forward(x, ceil_mode)[0]
+    return F.max_pool2d(x, 2, ceil_mode=ceil_mode)

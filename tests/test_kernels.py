@@ -3,6 +3,7 @@
 import ast
 import copy
 import csv
+import functools
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from conftest import ROOT, run
 import kernels
 import train_cgn
 from kernels import (
+    add_enlarged,
     affine_relu,
     benchmark,
     compose,
@@ -24,7 +26,9 @@ from kernels import (
     convolution_relu,
     draw_patch_windows,
     eager,
+    enlarge,
     gram_matrix,
+    max_pool,
     normalized_conv2d,
     sample_patch_images,
     style_loss,
@@ -76,7 +80,10 @@ def laid_out(x, layout):
 # The standing of the files
 
 
-@pytest.mark.parametrize("name", ["affine.py", "composite.py", "gram.py", "patches.py"])
+TRITON_FILES = ["affine.py", "composite.py", "gram.py", "patches.py", "resize.py"]
+
+
+@pytest.mark.parametrize("name", TRITON_FILES)
 def test_triton_files_can_be_copied_alone(name):
     """They import nothing but torch, triton and the standard library."""
     allowed = sys.stdlib_module_names | {"torch", "triton"}
@@ -575,6 +582,105 @@ def test_affine_relu_keeps_nan():
 
 
 # --------------------------------------------------------------------------------------------------
+# Changes of size
+
+
+RESIZED = [  # n, channels, height, width of the small images, layout
+    (1, 1, 1, 1, "contiguous"),
+    (2, 3, 5, 7, "slice"),
+    (2, 70, 3, 4, "channels last"),  # two blocks of channels
+    (1, 17, 9, 11, "channels last"),  # more than a tile of positions
+    (1, 2, 33, 19, "contiguous"),  # so, too
+    (2, 3, 4, 6, "transposed"),
+]
+ENLARGED = [  # n, channels, height, width, the larger size, layout
+    (1, 1, 1, 1, (5, 7), "contiguous"),
+    (2, 3, 3, 2, (5, 4), "slice"),
+    (1, 70, 2, 3, (4, 6), "channels last"),
+    (1, 5, 4, 2, (30, 5), "channels last"),  # many large pixels for a small one
+    (1, 260, 2, 5, (3, 7), "channels last"),  # more pixels in a line than a tile has
+    (2, 2, 3, 4, (6, 8), "transposed"),
+]
+
+
+def run_and_differentiate(function, inputs, dtype, layout, backend):
+    """The result of function(*inputs), and the inputs' gradients for a seeded gradient of it."""
+    leaves = [laid_out(x.to(dtype), layout) for x in inputs]
+    y = function(*leaves, backend=backend)
+    gradient = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(DTYPES[2])
+    y.backward(torch.empty_like(y).copy_(gradient))  # in its layout
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def compare_backends(function, inputs, dtype, layout, roundings=1):
+    """Triton against the eager form in float64."""
+    results = run_and_differentiate(function, inputs, dtype, layout, "triton")
+    expected = run_and_differentiate(function, inputs, torch.float64, layout, "eager")
+    for actual, exact in zip(results, expected):
+        assert actual.dtype == dtype
+        close(actual, exact, roundings * TOLERANCES[dtype])
+        if layout == "channels last":
+            assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, channels, height, width, layout", RESIZED)
+def test_add_enlarged(n, channels, height, width, layout, dtype):
+    torch.manual_seed(0)
+    h = torch.randn(n, channels, 2 * height, 2 * width)
+    x = torch.randn(n, channels + n - 1, height, width)  # n = 2: one channel is left out
+    inputs = [value.to(DEVICE, dtype).double() for value in (h, x)]
+    compare_backends(add_enlarged, inputs, dtype, layout)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, channels, height, width, size, layout", ENLARGED)
+def test_enlarge(n, channels, height, width, size, layout, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(n, channels, height, width).to(DEVICE, dtype).double()
+
+    def function(x, backend):
+        return enlarge(x, size, backend=backend)
+
+    # PyTorch rounds more than once on the way to the larger image.
+    compare_backends(function, [x], dtype, layout, roundings=4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, channels, height, width, layout", RESIZED[1:])
+@pytest.mark.parametrize("ceil_mode", [False, True])
+def test_max_pool(n, channels, height, width, layout, ceil_mode, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(n, channels, height, width).relu()  # with ties: the first one is taken
+    x = x.to(DEVICE, dtype).double()
+    compare_backends(functools.partial(max_pool, ceil_mode=ceil_mode), [x], dtype, layout)
+
+
+def test_enlarged_parts_of_a_concatenation():
+    """Gradients of such parts are slices of channels."""
+    torch.manual_seed(0)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        gradients = []
+        gradient = torch.randn(2, 9, 8, 6, device=DEVICE).to(memory_format=memory_format)
+        for backend in ("triton", "eager"):
+            leaf = torch.randn(2, 5, 4, 3, generator=torch.Generator().manual_seed(0))
+            leaf = leaf.to(DEVICE, memory_format=memory_format).requires_grad_()
+            large = enlarge(leaf, (8, 6), backend=backend)
+            torch.cat([gradient[:, :4], large], 1).backward(gradient)
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(*gradients)
+        assert gradients[0].is_contiguous(memory_format=memory_format)
+
+
+def test_max_pool_keeps_nan():
+    x = torch.randn(1, 2, 6, 6, device=DEVICE)
+    x[0, 1, 3, 2] = torch.nan
+    for backend in ("triton", "eager"):
+        y = max_pool(x, backend=backend)
+        assert y.isnan().sum() == 1 and y[0, 1, 1, 1].isnan()
+
+
+# --------------------------------------------------------------------------------------------------
 # BatchNorm within a convolution
 
 
@@ -641,6 +747,13 @@ def test_operators_are_registered_properly():
     check(operators.affine_forward.default, (leaf, gain_and_shift))
     check(operators.affine_backward.default, (features, gain_and_shift.detach(), features))
     check(operators.bias_relu.default, (features.clone(), gain_and_shift[0, :20].detach()))
+    larger = torch.randn(2, 17, 6, 8, device=DEVICE, requires_grad=True)
+    check(operators.add_enlarged_forward.default, (larger, leaf))
+    check(operators.add_enlarged_backward.default, (larger.detach(), 20))
+    check(operators.enlarge_backward.default, (features, 2, 3))
+    check(operators.max_pool_forward.default, (leaf, True))
+    pooled, found = operators.max_pool_forward(features, False)
+    check(operators.max_pool_backward.default, (pooled, found, 3, 4))
 
 
 def hot_path(mask, foreground, background, target):
@@ -767,6 +880,25 @@ def test_bias_relu_moves_2_elements(moved):
     assert sum(moved) == 2 * x.numel() + 2 * 64 * (48 * 48 // block_p)  # biases for each tile
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts what a kernel moves")
+def test_changes_of_size_move_what_they_have_to(moved):
+    h = torch.randn(1, 64, 32, 32)
+    x = torch.randn(1, 128, 16, 16)  # half as many numbers, of which half are added
+    h, x = (value.to(memory_format=torch.channels_last).requires_grad_() for value in (h, x))
+    y = add_enlarged(h, x, backend="triton")
+    assert sum(moved) == 3 * h.numel()  # each number of x for four of h: from the cache
+    moved.clear()
+    y.backward(h.detach())
+    assert sum(moved) == 1.5 * h.numel()
+
+    moved.clear()
+    y = max_pool(h, backend="triton")
+    assert sum(moved) == 1.5 * h.numel()
+    moved.clear()
+    y.backward(y.detach())
+    assert sum(moved) == 1.5 * h.numel()
+
+
 # --------------------------------------------------------------------------------------------------
 # What cannot run
 
@@ -794,6 +926,10 @@ def test_what_cannot_run_says_why():
         sample_patch_images(image, mask, windows)
     with pytest.raises(ValueError, match=r"gain_and_shift \(N, 2 C\), not .* \(2, 3\)"):
         affine_relu(image, torch.rand(2, 3))
+    with pytest.raises(ValueError, match=r"x \(N, C or more, H, W\), not .* \(2, 2, 2, 2\)"):
+        add_enlarged(image, image[:, :2, :2, :2])
+    with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) cannot be enlarged to \(8, 2\)"):
+        enlarge(image, (8, 2))
     mask = mask.double()
     image = image.double()
     losses = composite_losses(mask, image, image)
@@ -831,6 +967,11 @@ def test_kernels_compile_for_gpus_of_three_generations_without_spilling():
         "affine_forward",
         "affine_backward",
         "bias_relu",
+        "add_enlarged_forward",
+        "add_enlarged_backward",
+        "gather_line",
+        "max_pool_forward",
+        "max_pool_backward",
     )
     lines = done.stdout.splitlines()
     for name in names:

@@ -16,7 +16,6 @@ from kernels import (
     UpsampleConv2d,
     composite_losses,
     eager,
-    enlarge_map,
     gram_matrix,
     shuffle_patches,
     style_loss,
@@ -208,19 +207,6 @@ def test_features_stop_at_the_last_layer_with_a_weight():
 
 # --------------------------------------------------------------------------------------------------
 # Layers
-
-
-def test_enlarged_maps_are_interpolated_ones():
-    torch.manual_seed(0)
-    for sizes in ((4, 6), (9, 13)), ((1, 2), (8, 5)), ((7, 3), (7, 3)):
-        x = torch.randn(2, 1, *sizes[0], requires_grad=True)
-        expected = F.interpolate(x, sizes[1], mode="bilinear", align_corners=True)
-        gradient = torch.randn_like(expected)
-        (expected_grad,) = torch.autograd.grad(expected, x, gradient)
-        enlarged = enlarge_map(x, sizes[1])
-        torch.testing.assert_close(enlarged, expected)
-        torch.testing.assert_close(torch.autograd.grad(enlarged, x, gradient)[0], expected_grad)
-    assert enlarge_map(x.bfloat16(), (14, 6)).dtype == torch.bfloat16
 
 
 def test_upsampling_convolution_equals_upsampling_then_convolution():

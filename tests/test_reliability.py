@@ -12,6 +12,7 @@ import resource
 import signal
 import sys
 import time
+import types
 import zipfile
 
 import pytest
@@ -20,7 +21,7 @@ from PIL import Image
 
 import train_cgn
 from conftest import SMALL_IMAGENET, SOAK, check_kills, contents, load, run, same, start
-from data.checkpoints import find_checkpoint, finite_step, mend_statistics
+from data.checkpoints import Training, find_checkpoint, finite_step, mend_statistics
 from data.imagenet import Images, counterfactual_images, make_transform
 from data.mnist import load_textures
 from data.runs import Log, UserError, claim_folder
@@ -67,6 +68,34 @@ def test_killed_imagenet_generations_end_the_same(small_cgn, tmp_path):
     flags = ["--dataset", "imagenet", "--weights", small_cgn / "weights.pt", "--device", "cpu"]
     flags += ["--n", 400, "--batch-size", 4]
     check_kills("generate.py", flags, tmp_path, 20)
+
+
+def test_the_sheet_is_not_older_than_the_checkpoint(tmp_path, monkeypatch):
+    """A run that is killed after its last checkpoint draws no other sheet."""
+    settings = dict(resume=None, log_every=1, save_every=1, sample_every=0, bad_steps=1)
+    args = types.SimpleNamespace(**settings)
+    network = torch.nn.Linear(1, 1)
+    sheets = []
+    replace = os.replace
+
+    def look(source, target):
+        if target.name == "checkpoint.pt":
+            sheets.append((tmp_path / "sheet.png").read_bytes())
+        replace(source, target)
+
+    def draw_sheet(networks, args):
+        return torch.full((3, 8, 8), int(networks["generator"].weight), dtype=torch.uint8)
+
+    monkeypatch.setattr(os, "replace", look)
+    training = Training(
+        tmp_path, args, {"generator": network}, [], 2, torch.device("cpu"), draw_sheet=draw_sheet
+    )
+    for step in range(2):
+        torch.nn.init.constant_(network.weight, 50 * step)
+        training.end_step({}, torch.zeros(()))
+        assert len(sheets) == step + 1
+        assert sheets[-1] == (tmp_path / "sheet.png").read_bytes()
+    assert sheets[0] != sheets[1]
 
 
 @pytest.mark.parametrize("script", ["generate.py", "train_classifier.py"])

@@ -60,7 +60,7 @@ TRAINING = {
     CHANNELS_LAST: "channels last, one product and sum for each norm",
     FOLDED: "frozen networks folded",
     BF16: "bf16",
-    ONCE_PER_STEP: "spectral norms and norms' gains once for all batches of a step",
+    ONCE_PER_STEP: "spectral norms, upsampling kernels, norms' gains once per step",
     RECOMPUTE: "--recompute: less memory, not less time",
 }
 TASKS = {"generation": GENERATION, "training": TRAINING}

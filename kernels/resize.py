@@ -35,8 +35,10 @@ def tile_of_pixels(width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     """Image, row of channels, and columns of positions, their y and their x, of a program."""
     image = tl.program_id(2).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    position = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
-    return image, channel, position, position // width, position % width
+    position = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)[:, None]
+    row = (position // width).to(tl.int64)  # divided in 32 bits, which is faster
+    column = (position % width).to(tl.int64)
+    return image, channel, position.to(tl.int64), row, column
 
 
 @triton.jit
@@ -99,7 +101,7 @@ def gather_line_kernel(
     share of the two beside it.
     """
     pixel = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)[:, None]
-    element = tl.program_id(2) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
+    element = tl.program_id(2).to(tl.int64) * BLOCK_I + tl.arange(0, BLOCK_I)[None, :]
     line = tl.program_id(0).to(tl.int64)
     inside = (pixel < length) & (element < inner)
     grad += line * grad_outer + element * grad_inner
@@ -110,7 +112,8 @@ def gather_line_kernel(
         place = first + step
         distance = (place * (length - 1)).to(tl.float32) / tl.maximum(size - 1, 1) - pixel
         share = tl.maximum(1 - tl.abs(distance), 0)
-        value = tl.load(grad + place * grad_size, mask=inside & (place < size), other=0.0)
+        offset = place.to(tl.int64) * grad_size
+        value = tl.load(grad + offset, mask=inside & (place < size), other=0.0)
         total += share * value.to(tl.float32)
     tl.store(out + (line * length + pixel) * inner + element, total, mask=inside)
 

@@ -805,6 +805,12 @@ def test_offsets_past_31_bits():
         close(style, style_loss(near, other, backend="eager"), 1e-4)
         ones = torch.ones(2, 6, device=DEVICE)
         close(affine_relu(far, ones, backend="triton"), affine_relu(near, ones), 2**-7)
+        close(max_pool(far, backend="triton"), max_pool(near), 0)
+        h = torch.zeros(2, 3, 8, 10, dtype=torch.bfloat16, device=DEVICE)
+        close(add_enlarged(h, far, backend="triton"), add_enlarged(h, near), 0)
+        for backward, *sizes in (("add_enlarged_backward", 3), ("enlarge_backward", 2, 3)):
+            backward = getattr(eager.resize, backward)
+            close(backward(far, *sizes), backward(near, *sizes), 0)
 
 
 def test_same_bits_in_every_run():

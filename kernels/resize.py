@@ -348,7 +348,8 @@ class Enlarge(torch.autograd.Function):
 def unfilled_pooled(x, ceil_mode):
     """Return the outputs of max_pool_forward, not filled."""
     n, channels, height, width = x.shape
-    shape = (n, channels, (height + ceil_mode) // 2, (width + ceil_mode) // 2)
+    odd = int(ceil_mode)
+    shape = (n, channels, (height + odd) // 2, (width + odd) // 2)
     return unfilled(x, shape), unfilled(x, shape, torch.uint8)
 
 

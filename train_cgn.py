@@ -1182,16 +1182,15 @@ class ConditionalNorm(nn.Module):
             weight = mean.new_zeros(2 * len(mean), 0)
         return weight, torch.cat([gain, shift])
 
-    def forward(self, x, condition):
-        """x: (N, C, H, W). condition: (N, condition)."""
-        with without_autocast(x):
-            gain_and_shift = F.linear(condition, self.affine_weight, self.affine_bias)
+    def forward(self, x, gain_and_shift):
+        """x: (N, C, H, W). gain_and_shift: (N, 2 C), what `affine`'s layer gives."""
         return affine_relu(x, gain_and_shift, backend=self.kernels)
 
 
 def derive(network, truncation):
     """Compute what layers use from their parameters: weights divided by their spectral norm, of
-    upsampling layers the kernel, and conditional norms as linear layers, for this truncation.
+    upsampling layers the kernel, and all conditional norms as one linear layer, for this
+    truncation.
 
     To be called whenever parameters have changed. Returns pairs (derived tensor, the leaf that the
     layer uses): gradients gather in the leaves, over any number of batches, and pass_gradients
@@ -1207,18 +1206,20 @@ def derive(network, truncation):
             pairs.append(set_leaf(layer, "weight", weight))
     for biggan in network.modules():
         if isinstance(biggan, BigGAN) and biggan.generator.bn.running_means is not None:
-            pairs += derive_norms(biggan.generator, truncation)
+            pairs += derive_norms(biggan, truncation)
     return pairs
 
 
-def derive_norms(generator, truncation):
-    """The conditional norms' part of `derive`.
+def derive_norms(biggan, truncation):
+    """The conditional norms' part of `derive`: one layer gives the gains and shifts of all.
 
     A GPU adds a convolution's bias in a pass over the whole image, and sums the gradient over it in
     another. So the blocks leave biases out, and the next norm makes up for them. Those of conv_3
     stay missing in the residual stream, until self-attention or the last norm.
     """
+    generator = biggan.generator
     pairs = []
+    norms = []  # with what their inputs lack
     missing = torch.zeros_like(generator.layers[0].bn_0.running_means[0])
     for layer in generator.layers:
         pairs.append(set_leaf(layer, "missing", missing))
@@ -1226,18 +1227,24 @@ def derive_norms(generator, truncation):
         if isinstance(layer, SelfAttention):
             missing = torch.zeros_like(missing)
             continue
-        pairs += derive_norm(layer.bn_0, truncation, missing)
-        pairs += derive_norm(layer.bn_1, truncation, layer.conv_0.bias)
-        pairs += derive_norm(layer.bn_2, truncation, layer.conv_1.bias)
-        pairs += derive_norm(layer.bn_3, truncation, layer.conv_2.bias)
+        norms.append((layer.bn_0, missing))
+        norms.append((layer.bn_1, layer.conv_0.bias))
+        norms.append((layer.bn_2, layer.conv_1.bias))
+        norms.append((layer.bn_3, layer.conv_2.bias))
         missing = missing[: layer.outputs] + layer.conv_3.bias
-    return pairs + derive_norm(generator.bn, truncation, missing)
+    norms.append((generator.bn, missing))
 
-
-def derive_norm(norm, truncation, missing):
-    """The pairs of `derive` for a conditional norm whose input lacks `missing`."""
-    weight, bias = norm.affine(truncation, missing)
-    return [set_leaf(norm, "affine_weight", weight), set_leaf(norm, "affine_bias", bias)]
+    width = generator.gen_z.in_features
+    affine_weights = []
+    affine_biases = []
+    for norm, missing in norms:
+        weight, bias = norm.affine(truncation, missing)
+        weight = F.pad(weight, (0, width - weight.shape[1]))  # the last norm has no condition
+        affine_weights.append(weight)
+        affine_biases.append(bias)
+    pairs.append(set_leaf(biggan, "affine_weight", torch.cat(affine_weights)))
+    pairs.append(set_leaf(biggan, "affine_bias", torch.cat(affine_biases)))
+    return pairs
 
 
 @torch.no_grad()
@@ -1271,9 +1278,10 @@ def fold(network, truncation=1.0):
     """
     derive(network, truncation)
     for module in list(network.modules()):
-        if isinstance(module, ConditionalNorm):
+        if isinstance(module, BigGAN):
             module.affine_weight = nn.Parameter(module.affine_weight)
             module.affine_bias = nn.Parameter(module.affine_bias)
+        elif isinstance(module, ConditionalNorm):
             module.scale = module.offset = module.weight = module.bias = None
             module.running_means = module.running_vars = None
         elif isinstance(module, SelfAttention):
@@ -1299,6 +1307,7 @@ class GenBlock(nn.Module):
         middle = inputs // 4
         self.outputs = outputs
         self.up = up
+        self.affine_sizes = [2 * inputs, 2 * middle, 2 * middle, 2 * middle]  # of its norms
         self.kernels = "auto"  # backend of its sum
         self.bn_0 = ConditionalNorm(inputs, condition)
         self.conv_0 = spectral(nn.Conv2d(inputs, middle, 1))
@@ -1310,15 +1319,17 @@ class GenBlock(nn.Module):
         self.bn_3 = ConditionalNorm(middle, condition)
         self.conv_3 = spectral(nn.Conv2d(middle, outputs, 1))
 
-    def forward(self, x, condition):
-        h = F.conv2d(self.bn_0(x, condition), self.conv_0.weight)  # (N, middle, H, W)
-        h = self.bn_1(h, condition)
+    def forward(self, x, affine):
+        """affine: (N, 2 inputs + 6 middle), the gains and shifts of its norms."""
+        affine_0, affine_1, affine_2, affine_3 = affine.split(self.affine_sizes, 1)
+        h = F.conv2d(self.bn_0(x, affine_0), self.conv_0.weight)  # (N, middle, H, W)
+        h = self.bn_1(h, affine_1)
         if self.up:
             h = upsample_conv2d(h, self.conv_1.weight)  # (N, middle, 2 H, 2 W)
         else:
             h = F.conv2d(h, self.conv_1.weight, padding=1)
-        h = F.conv2d(self.bn_2(h, condition), self.conv_2.weight, padding=1)
-        h = F.conv2d(self.bn_3(h, condition), self.conv_3.weight)  # (N, outputs, ...)
+        h = F.conv2d(self.bn_2(h, affine_2), self.conv_2.weight, padding=1)
+        h = F.conv2d(self.bn_3(h, affine_3), self.conv_3.weight)  # (N, outputs, ...)
         # Where the channels become fewer, the last ones of x are left out.
         if self.up:
             return add_enlarged(h, x, backend=self.kernels)
@@ -1335,13 +1346,14 @@ class SelfAttention(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
+        self.affine_sizes = []  # it has no norms
         self.gamma = nn.Parameter(torch.zeros(1))
         self.snconv1x1_theta = spectral(nn.Conv2d(channels, channels // 8, 1, bias=False))
         self.snconv1x1_phi = spectral(nn.Conv2d(channels, channels // 8, 1, bias=False))
         self.snconv1x1_g = spectral(nn.Conv2d(channels, channels // 2, 1, bias=False))
         self.snconv1x1_o_conv = spectral(nn.Conv2d(channels // 2, channels, 1, bias=False))
 
-    def forward(self, x, condition):
+    def forward(self, x, _):
         x = x + self.missing.to(x.dtype)[:, None, None]
         query = self.snconv1x1_theta(x)
         key = F.max_pool2d(self.snconv1x1_phi(x), 2)
@@ -1404,6 +1416,9 @@ class BigGAN(nn.Module):
             if position == attention_layer_position:
                 self.generator.layers.append(SelfAttention(inputs))
             self.generator.layers.append(GenBlock(inputs, outputs, condition, up))
+        # How many gains and shifts each layer has, and the last norm.
+        self.affine_sizes = [sum(layer.affine_sizes) for layer in self.generator.layers]
+        self.affine_sizes.append(2 * last_width)
         self.generator.bn = ConditionalNorm(last_width, 0)
         self.generator.conv_to_rgb = spectral(nn.Conv2d(last_width, last_width, 3, padding=1))
 
@@ -1421,14 +1436,17 @@ class BigGAN(nn.Module):
         condition = torch.cat([z, vectors], 1)
         # Channels last, as in the published code: so are all activations.
         h = generator.gen_z(condition).unflatten(1, (4, 4, -1)).permute(0, 3, 1, 2)  # (N, C, 4, 4)
-        for layer in generator.layers:
+        with without_autocast(condition):
+            affine = F.linear(condition, self.affine_weight, self.affine_bias)
+        *affines, last_affine = affine.split(self.affine_sizes, 1)
+        for layer, affine in zip(generator.layers, affines):
             if self.recompute and torch.is_grad_enabled():
                 h = torch.utils.checkpoint.checkpoint(
-                    layer, h, condition, use_reentrant=False, preserve_rng_state=False
+                    layer, h, affine, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                h = layer(h, condition)
-        h = generator.bn(h, condition[:, :0])
+                h = layer(h, affine)
+        h = generator.bn(h, last_affine)
         # Only the first 3 of the last convolution's outputs are used: no others are computed.
         rgb = generator.conv_to_rgb
         return F.conv2d(h, rgb.weight[:3], rgb.bias[:3], padding=1).float().tanh()
@@ -1520,17 +1538,23 @@ def random_networks(config, small_u2net, seed=0):
 
 
 def set_statistics(norm, inputs):
-    """A forward hook: the statistics of a norm become those of its input within each image."""
-    x = inputs[0]
+    """A forward hook: the statistics of a norm become those of its input within each image.
+
+    Gains and shifts that go into a conditional norm are of mean 0 and variance 1: new ones are
+    returned.
+    """
+    x, *affine = inputs
     mean = x.mean((0, 2, 3))
     variance = x.var((2, 3)).mean(0)  # within images only: what differs between them stays
-    if isinstance(norm, nn.BatchNorm2d):
+    if not affine:
         norm.running_mean[:] = mean
         norm.running_var[:] = variance
-    else:
-        norm.running_means[:] = mean
-        norm.running_vars[:] = variance
-        derive_norm(norm, 1.0, 0.0)
+        return None
+    norm.running_means[:] = mean
+    norm.running_vars[:] = variance
+    gain, shift = affine[0].chunk(2, 1)
+    gain = gain * ((1 + 1e-4) / (variance + 1e-4)).sqrt()
+    return x, torch.cat([gain, shift - mean * gain], 1)
 
 
 def load_imagenet_generator(path, raw=False):

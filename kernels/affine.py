@@ -40,9 +40,9 @@ def tile_of_program(channels, positions, BLOCK_P: tl.constexpr, BLOCK_C: tl.cons
 
 
 @triton.jit
-def gain_and_shift(affine, image, channel, channels):
+def gain_and_shift(affine, affine_n, image, channel, channels):
     """Those of one image, for a row of channels, in float32."""
-    affine += image * 2 * channels + channel
+    affine += image * affine_n + channel
     gain = tl.load(affine, mask=channel < channels, other=0.0)
     shift = tl.load(affine + channels, mask=channel < channels, other=0.0)
     return gain.to(tl.float32), shift.to(tl.float32)
@@ -54,13 +54,14 @@ def affine_forward_kernel(
     affine,  # (N, 2 C): gains, then shifts
     y,  # out: (N, C, H W)
     channels, positions,
+    affine_n,
     x_n, x_c, x_p,
     y_n, y_c, y_p,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Write y for BLOCK_P positions and BLOCK_C channels of one image."""
     image, channel, position, inside = tile_of_program(channels, positions, BLOCK_P, BLOCK_C)
-    gain, shift = gain_and_shift(affine, image, channel, channels)
+    gain, shift = gain_and_shift(affine, affine_n, image, channel, channels)
 
     place = x + image * x_n + channel * x_c + position * x_p
     value = tl.load(place, mask=inside, other=0.0).to(tl.float32) * gain + shift
@@ -76,6 +77,7 @@ def affine_backward_kernel(
     grad_x,  # out: (N, C, H W)
     partial,  # out: float32 (shares, N, 2 C), sums for the gradient of affine
     channels, positions, images,
+    affine_n,
     x_n, x_c, x_p,
     grad_n, grad_c, grad_p,
     out_n, out_c, out_p,
@@ -85,7 +87,7 @@ def affine_backward_kernel(
     image = tl.program_id(2).to(tl.int64)
     share = tl.program_id(0).to(tl.int64)
     channel = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)[None, :]
-    gain, shift = gain_and_shift(affine, image, channel, channels)
+    gain, shift = gain_and_shift(affine, affine_n, image, channel, channels)
     x += image * x_n + channel * x_c
     grad += image * grad_n + channel * grad_c
     grad_x += image * out_n + channel * out_c
@@ -152,6 +154,13 @@ def tile_sizes(x):
     return min(triton.next_power_of_2(height * width), TILE), 1
 
 
+def dense_rows(affine):
+    """Gains and shifts (N, 2 C) with those of an image side by side: the columns of a larger tensor
+    are taken as they are.
+    """
+    return affine if affine.stride(1) == 1 else affine.contiguous()
+
+
 def count_shares(x):
     """Tiles that a program of the backward pass takes, and programs that share the positions."""
     block_p, _ = tile_sizes(x)
@@ -175,12 +184,14 @@ def affine_forward(x: Tensor, affine: Tensor) -> Tensor:
     n, channels, height, width = x.shape
     block_p, block_c = tile_sizes(x)
     grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), n)
+    affine = dense_rows(affine)
     flat_x = x.flatten(2)
     flat_y = y.flatten(2)  # a view: empty_like made it
     with on_device(x):
         affine_forward_kernel[grid](
-            flat_x, affine.contiguous(), flat_y,
+            flat_x, affine, flat_y,
             channels, height * width,
+            affine.stride(0),
             *flat_x.stride(),
             *flat_y.stride(),
             BLOCK_P=block_p, BLOCK_C=block_c, num_warps=8,
@@ -204,13 +215,15 @@ def affine_backward(x: Tensor, affine: Tensor, grad: Tensor) -> tuple[Tensor, Te
     block_p, block_c = tile_sizes(x)
     loops, shares = count_shares(x)
     partial = affine.new_empty(shares, n, 2 * channels, dtype=torch.float32)
+    affine = dense_rows(affine)
     flat_x = x.flatten(2)
     flat_grad = grad.flatten(2)
     flat_out = grad_x.flatten(2)  # a view: empty_like made it
     with on_device(x):
         affine_backward_kernel[shares, triton.cdiv(channels, block_c), n](
-            flat_x, affine.contiguous(), flat_grad, flat_out, partial,
+            flat_x, affine, flat_grad, flat_out, partial,
             channels, height * width, n,
+            affine.stride(0),
             *flat_x.stride(),
             *flat_grad.stride(),
             *flat_out.stride(),

@@ -112,7 +112,7 @@ def plain_biggan(biggan, z, y, level):
         if isinstance(layer, train_cgn.GenBlock):
             h = plain_block(layer, h, condition, level)
         else:  # adds biases that our blocks leave out, and plain ones do not
-            h = layer(h - layer.missing[:, None, None], condition)
+            h = layer(h - layer.missing[:, None, None], None)
     h = plain_norm(generator.bn, h, condition)
     rgb = generator.conv_to_rgb
     if level < CHEAPER_CONVOLUTIONS:

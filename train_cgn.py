@@ -32,6 +32,7 @@ from data.weights import ConvNormReLU, U2Net, VGG16Features
 from kernels import (
     GraphedStep,
     UpsampleConv2d,
+    accumulation_type,
     add_enlarged,
     affine_relu,
     compose,
@@ -1187,23 +1188,27 @@ class ConditionalNorm(nn.Module):
         return affine_relu(x, gain_and_shift, backend=self.kernels)
 
 
-def derive(network, truncation):
+def derive(network, truncation, dtype=None):
     """Compute what layers use from their parameters: weights divided by their spectral norm, of
     upsampling layers the kernel, and all conditional norms as one linear layer, for this
     truncation.
 
-    To be called whenever parameters have changed. Returns pairs (derived tensor, the leaf that the
-    layer uses): gradients gather in the leaves, over any number of batches, and pass_gradients
-    hands them on. The next call keeps the leaves, as a CUDA graph knows their addresses, and sets
-    their gradients to zero. Folded networks have nothing to derive.
+    To be called whenever parameters have changed. dtype: of the weights, if not the parameters'
+    own; what autocast would make of them in every batch. Returns pairs (derived tensor, the leaf
+    that the layer uses): gradients gather at the leaves, over any number of batches, and
+    pass_gradients hands them on. The next call keeps the leaves, as a CUDA graph knows their
+    addresses, and sets their gradients to zero. Folded networks have nothing to derive.
     """
     pairs = []
-    for layer in network.modules():
-        if hasattr(layer, "weight_orig"):
-            weight = normalized_weight(layer)
-            if isinstance(layer, UpsampleConv2d):
-                weight = upsampling_kernel(weight)
-            pairs.append(set_leaf(layer, "weight", weight))
+    for name, layer in network.named_modules():
+        if not hasattr(layer, "weight_orig"):
+            continue
+        weight = normalized_weight(layer)
+        if isinstance(layer, UpsampleConv2d):
+            weight = upsampling_kernel(weight)
+        # Those of norms go into more tensors below, at full precision.
+        of_norm = name.endswith(("scale", "offset"))
+        pairs.append(set_leaf(layer, "weight", weight, None if of_norm else dtype))
     for biggan in network.modules():
         if isinstance(biggan, BigGAN) and biggan.generator.bn.running_means is not None:
             pairs += derive_norms(biggan, truncation)
@@ -1248,27 +1253,44 @@ def derive_norms(biggan, truncation):
 
 
 @torch.no_grad()
-def set_leaf(layer, name, tensor):
-    """Give a layer a leaf with the tensor's values. Returns (tensor, leaf)."""
+def set_leaf(layer, name, tensor, dtype=None):
+    """Give a layer a leaf with the tensor's values, in its dtype or another one.
+
+    Returns (tensor, leaf). Gradients of the leaf gather in leaf.gathered, None before the first.
+    """
     leaf = getattr(layer, name, None)
+    dtype = dtype or tensor.dtype
     trained = leaf is not None and leaf.requires_grad and tensor.requires_grad
-    if not trained or leaf.device != tensor.device:
-        leaf = tensor.detach().requires_grad_(tensor.requires_grad)
-        setattr(layer, name, leaf)
+    if trained and (leaf.dtype, leaf.device) == (dtype, tensor.device):
+        leaf.copy_(tensor)
+        if leaf.gathered is not None:
+            leaf.gathered.zero_()
         return tensor, leaf
 
-    leaf.copy_(tensor)
-    if leaf.grad is not None:
-        leaf.grad.zero_()
+    leaf = tensor.detach().to(dtype).requires_grad_(tensor.requires_grad)
+    leaf.gathered = None
+    if leaf.requires_grad:
+        leaf.register_post_accumulate_grad_hook(gather_gradient)
+    setattr(layer, name, leaf)
     return tensor, leaf
+
+
+@torch.no_grad()
+def gather_gradient(leaf):
+    """Add a batch's gradient to those of the step, in float32 or better: a sum of hundreds."""
+    if leaf.gathered is None:
+        leaf.gathered = accumulation_type(leaf.grad)
+    else:
+        leaf.gathered += leaf.grad
+    leaf.grad = None
 
 
 def pass_gradients(pairs):
     """Hand the gradients of derived leaves on to the parameters that they come from, last first."""
-    for tensor, derived in reversed(pairs):
-        if derived.grad is not None:
+    for tensor, leaf in reversed(pairs):
+        if leaf.gathered is not None:
             # A copy: what PyTorch keeps as a gradient may be a part of what it is handed.
-            tensor.backward(derived.grad.clone())
+            tensor.backward(leaf.gathered.clone())
 
 
 @torch.no_grad()
@@ -1873,7 +1895,7 @@ def train_imagenet(args, device):
         # Gradients stay where they are, as a graph adds to them there.
         optimizer.zero_grad(set_to_none=False)
         power_iteration(cgn)
-        derived = derive(cgn, args.truncation)
+        derived = derive(cgn, args.truncation, dtype)
         metrics = {}
         for inputs in zip(z, y, windows):
             for name, value in train_batch(*inputs).items():

@@ -60,7 +60,7 @@ TRAINING = {
     CHANNELS_LAST: "channels last, one product and sum for each norm",
     FOLDED: "frozen networks folded",
     BF16: "bf16",
-    ONCE_PER_STEP: "spectral norms, upsampling kernels, norms' gains once per step",
+    ONCE_PER_STEP: "what depends on weights alone, once per step",
     RECOMPUTE: "--recompute: less memory, not less time",
 }
 TASKS = {"generation": GENERATION, "training": TRAINING}
@@ -206,9 +206,15 @@ def make_training(level):
             train_cgn.fold(frozen.eval(), TRUNCATION)
         if level >= BF16:
             frozen.bfloat16()
-    train_cgn.derive(cgn, TRUNCATION)
+    derive_all(cgn, level)
     windows = draw_patch_windows(1, torch.Generator().manual_seed(0))
     return ImageNetState(args, cgn, make_imagenet_vgg(level), z, torch.tensor([1]), windows)
+
+
+def derive_all(cgn, level):
+    """The pairs of train_cgn.derive, in the dtype of a level."""
+    dtype = torch.bfloat16 if level >= ONCE_PER_STEP else torch.float32
+    return train_cgn.derive(cgn, TRUNCATION, dtype)
 
 
 def make_imagenet_vgg(level):
@@ -229,7 +235,7 @@ def train_imagenet_batch(state, level):
     if level < ONCE_PER_STEP:
         for mechanism in (cgn.f_shape, cgn.f_text, cgn.f_bg):
             power_iteration(mechanism)
-        derived = train_cgn.derive(cgn, TRUNCATION)
+        derived = derive_all(cgn, level)
     z = state.z
     y = state.y
     z_gt = z.bfloat16() if level >= BF16 else z

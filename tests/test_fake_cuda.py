@@ -119,7 +119,8 @@ def imagenet_batch(derivatives):
         z = torch.randn(n, cgn.f_shape.z_dim)
         y = torch.zeros(n, dtype=torch.int64)
         windows = draw_patch_windows(n, device=CUDA)
-        derived = train_cgn.derive(cgn, args.truncation)
+        cgn.to(memory_format=torch.channels_last)
+        derived = train_cgn.derive(cgn, args.truncation, torch.bfloat16)
     with Tally() as tally:
         with torch.no_grad():
             x_gt = cgn.biggan_GT(z.bfloat16(), y)

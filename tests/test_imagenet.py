@@ -187,7 +187,7 @@ def test_frozen_networks_stay_and_mechanisms_learn():
         assert all(parameter.grad is not None for parameter in mechanism.parameters())
 
 
-def attach(layer, name, tensor):
+def attach(layer, name, tensor, dtype=None):
     """In place of set_leaf: autograd goes all the way."""
     setattr(layer, name, tensor)
     return tensor, tensor
@@ -214,6 +214,27 @@ def test_gradients_pass_through_what_was_derived(monkeypatch):
     for (name, one), two in zip(biggan.named_parameters(), apart.parameters()):
         assert two.grad.abs().max() > 0, name
         close(one.grad, two.grad, 1e-9)
+
+
+def test_weights_in_bfloat16_are_what_autocast_makes_of_them():
+    """Gradients of several batches are summed in float32, to the same bits."""
+    torch.manual_seed(0)
+    biggan = BigGAN(**SMALL)
+    layers.power_iteration(biggan)
+    gradients = []
+    for dtype in (None, torch.bfloat16):
+        network = copy.deepcopy(biggan)
+        for _ in range(2):  # steps
+            derived = derive(network, 0.5, dtype)
+            for k in range(3):
+                z = torch.randn(2, 32, generator=torch.Generator().manual_seed(k))
+                with torch.autocast("cpu", torch.bfloat16):
+                    network(z, torch.tensor([k, k + 1])).square().mean().backward()
+            train_cgn.pass_gradients(derived)
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    assert network.generator.layers[0].conv_0.weight.dtype == torch.bfloat16
+    assert gradients[0][0].dtype == torch.float32
+    assert same(*gradients)
 
 
 def test_recomputed_activations_give_the_same_gradients():

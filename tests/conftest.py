@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import runpy
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -206,6 +207,14 @@ SMALL_IMAGENET = (
     "--dataset imagenet --preset small --offline --device cpu --amp off --batch-size 2"
     " --style-weights 1 0 0 0 --texture-weights 1 0 0 0"
 ).split()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remove_temporary_files(request, tmp_path_factory):
+    """They are 6 GB, which pytest would keep for three runs. Kept if a test has failed."""
+    yield
+    if not request.session.testsfailed:
+        shutil.rmtree(tmp_path_factory.getbasetemp(), ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

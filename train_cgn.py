@@ -1242,8 +1242,8 @@ def derive_norms(biggan, truncation):
     width = generator.gen_z.in_features
     affine_weights = []
     affine_biases = []
-    for norm, missing in norms:
-        weight, bias = norm.affine(truncation, missing)
+    for norm, lacking in norms:
+        weight, bias = norm.affine(truncation, lacking)
         weight = F.pad(weight, (0, width - weight.shape[1]))  # the last norm has no condition
         affine_weights.append(weight)
         affine_biases.append(bias)

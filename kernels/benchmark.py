@@ -482,8 +482,10 @@ def timed_call(function, inputs, gradients, references, case, phase, what, devic
     if cuda:
         peak = torch.cuda.max_memory_allocated() - before
     check_results(results, references, case.dtype, what)
+    given = [gradient.data_ptr() for gradient in gradients]  # a sum hands them on as they are
     for x in results:
-        x.detach().fill_(torch.nan)  # poison for whoever gets this memory next
+        if x.data_ptr() not in given:
+            x.detach().fill_(torch.nan)  # poison for whoever gets this memory next
     return seconds, host, peak
 
 

@@ -1047,6 +1047,15 @@ def test_benchmark_writes_its_table(tmp_path):
     assert "Not timed" in text
 
 
+def test_benchmark_times_gradients_that_are_handed_on():
+    """A residual sum's gradient is the tensor that it is given: it must be there the next time."""
+    args = types.SimpleNamespace(no_compile=True, warmup=0, seconds=0)
+    device = torch.device(DEVICE)
+    for case in benchmark.resize_cases(1, 8, torch.float32, device):
+        rows = benchmark.time_case(case, args, device)
+        assert {phase for _, phase, *_ in rows} == set(benchmark.PHASES)
+
+
 def test_benchmark_stops_at_a_wrong_result():
     right = [torch.ones(10), torch.tensor(2.0)]
     benchmark.check_results(right, right, torch.float32, "same")

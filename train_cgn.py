@@ -38,6 +38,7 @@ from kernels import (
     compose,
     composite_losses_and_copy,
     draw_patch_windows,
+    max_pool,
     normalized_weight,
     power_iteration,
     sample_patch_images,
@@ -1369,6 +1370,7 @@ class SelfAttention(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.affine_sizes = []  # it has no norms
+        self.kernels = "auto"  # backend of its pooling
         self.gamma = nn.Parameter(torch.zeros(1))
         self.snconv1x1_theta = spectral(nn.Conv2d(channels, channels // 8, 1, bias=False))
         self.snconv1x1_phi = spectral(nn.Conv2d(channels, channels // 8, 1, bias=False))
@@ -1378,8 +1380,8 @@ class SelfAttention(nn.Module):
     def forward(self, x, _):
         x = x + self.missing.to(x.dtype)[:, None, None]
         query = self.snconv1x1_theta(x)
-        key = F.max_pool2d(self.snconv1x1_phi(x), 2)
-        value = F.max_pool2d(self.snconv1x1_g(x), 2)
+        key = max_pool(self.snconv1x1_phi(x), backend=self.kernels)
+        value = max_pool(self.snconv1x1_g(x), backend=self.kernels)
         # With a dimension for its one head, attention takes its fast path: (N, 1, H W, C / 8),
         # (N, 1, H W / 4, C / 8) and (N, 1, H W / 4, C / 2).
         query, key, value = (h.flatten(2).transpose(1, 2)[:, None] for h in (query, key, value))

@@ -834,10 +834,10 @@ def test_two_ranks_train_and_test_like_one(miniature, folders, tmp_path):
             deviations[name] = ((a[name] - b[name]).abs().max() / a[name].abs().max()).item()
     # A rounding error can open a ReLU: the heads deviate by up to 1.4e-4 then, the layers before
     # it by 2e-3. Twice the rate makes 0.8 in the heads and 0.2 in the first layer.
-    assert all(deviations[f"heads.{index}.weight"] <= 1e-3 for index in range(3))
+    assert all(deviations[f"heads.{index}.weight"] <= 5e-4 for index in range(3))
     ordered = sorted(deviations.values())
-    assert ordered[len(ordered) * 3 // 4] <= 1e-3
-    assert ordered[-1] <= 1e-2
+    assert ordered[len(ordered) * 3 // 4] <= 5e-4
+    assert ordered[-1] <= 4e-3
 
 
 def test_saved_weights_are_evaluated_to_the_same_results(whole, folders, tmp_path):

@@ -33,7 +33,7 @@ from kernels import (
     GraphedStep,
     UpsampleConv2d,
     accumulation_type,
-    add_enlarged,
+    affine_convolution,
     affine_relu,
     compose,
     composite_losses_and_copy,
@@ -1142,7 +1142,7 @@ class ConditionalNorm(nn.Module):
     def __init__(self, channels, condition):
         super().__init__()
         self.conditional = condition > 0
-        self.kernels = "auto"  # backend of its kernel
+        self.kernels = "auto"  # backend of its kernels
         if not self.conditional:
             self.weight = nn.Parameter(torch.ones(channels))
             self.bias = nn.Parameter(torch.zeros(channels))
@@ -1184,9 +1184,15 @@ class ConditionalNorm(nn.Module):
             weight = mean.new_zeros(2 * len(mean), 0)
         return weight, torch.cat([gain, shift])
 
-    def forward(self, x, gain_and_shift):
-        """x: (N, C, H, W). gain_and_shift: (N, 2 C), what `affine`'s layer gives."""
-        return affine_relu(x, gain_and_shift, backend=self.kernels)
+    def forward(self, x, gain_and_shift, weight=None, residual=None):
+        """x: (N, C, H, W). gain_and_shift: (N, 2 C), what `affine`'s layer gives.
+
+        weight: of the 1 x 1 convolution that comes next, if one does, which is then computed along
+        with a residual sum. Returns its result and x for another use, see affine_convolution.
+        """
+        if weight is None:
+            return affine_relu(x, gain_and_shift, backend=self.kernels)
+        return affine_convolution(x, gain_and_shift, weight, residual, backend=self.kernels)
 
 
 def derive(network, truncation, dtype=None):
@@ -1331,7 +1337,6 @@ class GenBlock(nn.Module):
         self.outputs = outputs
         self.up = up
         self.affine_sizes = [2 * inputs, 2 * middle, 2 * middle, 2 * middle]  # of its norms
-        self.kernels = "auto"  # backend of its sum
         self.bn_0 = ConditionalNorm(inputs, condition)
         self.conv_0 = spectral(nn.Conv2d(inputs, middle, 1))
         self.bn_1 = ConditionalNorm(middle, condition)
@@ -1345,20 +1350,16 @@ class GenBlock(nn.Module):
     def forward(self, x, affine):
         """affine: (N, 2 inputs + 6 middle), the gains and shifts of its norms."""
         affine_0, affine_1, affine_2, affine_3 = affine.split(self.affine_sizes, 1)
-        h = F.conv2d(self.bn_0(x, affine_0), self.conv_0.weight)  # (N, middle, H, W)
+        h, x = self.bn_0(x, affine_0, self.conv_0.weight)  # (N, middle, H, W), and x as it was
         h = self.bn_1(h, affine_1)
         if self.up:
             h = upsample_conv2d(h, self.conv_1.weight)  # (N, middle, 2 H, 2 W)
         else:
             h = F.conv2d(h, self.conv_1.weight, padding=1)
         h = F.conv2d(self.bn_2(h, affine_2), self.conv_2.weight, padding=1)
-        h = F.conv2d(self.bn_3(h, affine_3), self.conv_3.weight)  # (N, outputs, ...)
         # Where the channels become fewer, the last ones of x are left out.
-        if self.up:
-            return add_enlarged(h, x, backend=self.kernels)
-        if self.outputs < x.shape[1]:
-            x = x[:, : self.outputs]
-        return h + x
+        y, _ = self.bn_3(h, affine_3, self.conv_3.weight, x)
+        return y
 
 
 class SelfAttention(nn.Module):
@@ -1567,18 +1568,19 @@ def set_statistics(norm, inputs):
     Gains and shifts that go into a conditional norm are of mean 0 and variance 1: new ones are
     returned.
     """
-    x, *affine = inputs
+    x, *others = inputs
     mean = x.mean((0, 2, 3))
     variance = x.var((2, 3)).mean(0)  # within images only: what differs between them stays
-    if not affine:
+    if not others:
         norm.running_mean[:] = mean
         norm.running_var[:] = variance
         return None
     norm.running_means[:] = mean
     norm.running_vars[:] = variance
-    gain, shift = affine[0].chunk(2, 1)
+    affine, *others = others
+    gain, shift = affine.chunk(2, 1)
     gain = gain * ((1 + 1e-4) / (variance + 1e-4)).sqrt()
-    return x, torch.cat([gain, shift - mean * gain], 1)
+    return x, torch.cat([gain, shift - mean * gain], 1), *others
 
 
 def load_imagenet_generator(path, raw=False):

@@ -1,9 +1,9 @@
 """Operations and layers outside plain PyTorch: mask composite, style loss, patch images, norms.
 
 `eager.py` holds the definitions and chooses the backend; `composite.py`, `gram.py`, `patches.py`,
-`affine.py` and `resize.py` hold the same operations as Triton kernels; `layers.py` holds layers
-that have one form for every device, `graphs.py` training steps as CUDA graphs. This file only
-gathers the names.
+`affine.py`, `pointwise.py` and `resize.py` hold the same operations as Triton kernels; `layers.py`
+holds layers that have one form for every device, `graphs.py` training steps as CUDA graphs. This
+file only gathers the names.
 """
 
 from kernels.eager import (
@@ -11,7 +11,7 @@ from kernels.eager import (
     MaskEntropy,
     StyleLoss,
     accumulation_type,
-    add_enlarged,
+    affine_convolution,
     affine_relu,
     compose,
     composite_losses,
@@ -45,7 +45,7 @@ __all__ = [
     "StyleLoss",
     "UpsampleConv2d",
     "accumulation_type",
-    "add_enlarged",
+    "affine_convolution",
     "affine_relu",
     "compose",
     "composite_losses",

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from kernels import (  # noqa: E402  (needs the path above)
-    add_enlarged,
+    affine_convolution,
     affine_relu,
     composite_losses_and_copy,
     eager,
@@ -41,7 +41,7 @@ from kernels import (  # noqa: E402  (needs the path above)
     style_loss,
 )
 
-OPERATIONS = ("composite", "style", "patches", "affine", "resize")
+OPERATIONS = ("composite", "style", "patches", "affine", "pointwise", "resize")
 BATCHES = {"mnist": (32, (32, 512)), "imagenet": (256, (4, 16))}  # size, numbers of images
 VGG_LAYERS = {  # channels, and how much smaller than the image
     "relu1_2": (64, 1),
@@ -266,6 +266,41 @@ def affine_case(n, channels, side, dtype, device):
     )
 
 
+def pointwise_eager(*inputs):
+    return affine_convolution(*inputs, backend="eager")[:1]
+
+
+def pointwise_triton(*inputs):
+    return affine_convolution(*inputs, backend="triton")[:1]
+
+
+def pointwise_cases(n, size, dtype, device):
+    """The first and the last convolution of BigGAN's last block, with their norms."""
+    small = size // 2
+    for name, channels, outputs, side, residual in (
+        ("first", 256, 64, small, []),
+        ("last", 64, 128, size, [(n, 256, small, small)]),
+    ):
+        x = n * channels * side**2
+        y = n * outputs * side**2
+        added = n * outputs * small**2 if residual else 0
+        # Backward reads x and the gradient of y twice, for the gradients of x and the weight.
+        forward = x + y + added
+        backward = 3 * x + 2 * y
+        if residual:  # its gradient has zeros for the channels left out
+            backward += y + 2 * added
+        shapes = [(n, channels, side, side), (n, 2 * channels), (outputs, channels, 1, 1)]
+        yield Case(
+            operation="pointwise",
+            shape=f"{name} {n} x {channels} x {side}^2 to {outputs}",
+            dtype=dtype,
+            make_inputs=functools.partial(random_leaves, shapes + residual, dtype, device),
+            variants={"eager": pointwise_eager, "triton": pointwise_triton},
+            triton_bytes=(forward * dtype.itemsize, backward * dtype.itemsize),
+            flops=(2 * x * outputs, 4 * x * outputs),
+        )
+
+
 def both_backends(function, *args):
     """The variants of a function of tensors and a backend."""
     variants = {}
@@ -276,22 +311,16 @@ def both_backends(function, *args):
 
 
 def random_leaves(shapes, dtype, device):
-    return channels_last(*(torch.randn(shape, device=device).to(dtype) for shape in shapes)), []
+    leaves = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    return [channels_last(x)[0] if x.dim() == 4 else x for x in leaves], []
 
 
 def resize_cases(n, size, dtype, device):
-    """The residual sum behind BigGAN's last block, and the largest enlargement and pooling of
-    U^2-Net.
-    """
-    elements = n * 64 * size**2  # of the large images, the sum's are twice as many
+    """The largest enlargement and pooling of U^2-Net."""
+    elements = n * 64 * size**2  # of the large images
     image = elements * dtype.itemsize
     small = (n, 64, size // 2, size // 2)
     shapes_and_bytes = {
-        "add_enlarged": (
-            [(n, 128, size, size), (n, 256, size // 2, size // 2)],
-            both_backends(add_enlarged),
-            (4.5 * image, 3 * image),
-        ),
         "enlarge": (
             [small],
             both_backends(enlarge, (size, size)),
@@ -326,6 +355,8 @@ def all_cases(args, dtypes, device):
                 if "affine" in args.operations and shapes == "imagenet":
                     for channels, side in NORMS:
                         yield affine_case(n, channels, side, dtype, device)
+                if "pointwise" in args.operations and shapes == "imagenet":
+                    yield from pointwise_cases(n, size, dtype, device)
                 if "resize" in args.operations and shapes == "imagenet":
                     yield from resize_cases(n, size, dtype, device)
                 if "style" in args.operations:

@@ -2,8 +2,8 @@
 
 These are the mask composite with its losses, the style loss of Gram matrices, the patch images,
 what stands before a ReLU (gain and shift of conditional norms, biases of frozen convolutions), and
-changes of size. The Triton kernels in composite.py, gram.py, patches.py, affine.py and resize.py
-are tested against what stands here, and run on CUDA tensors. `backend="triton"` or `"eager"` asks
+changes of size. The Triton kernels in composite.py, gram.py, patches.py, affine.py,
+pointwise.py and resize.py are tested against what stands here, and run on CUDA tensors. `backend="triton"` or `"eager"` asks
 for one of the two; `"auto"` takes Triton wherever it can run.
 """
 
@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from kernels.layers import without_autocast
 
 try:
-    from kernels import affine, composite, gram, patches, resize
+    from kernels import affine, composite, gram, patches, pointwise, resize
 except ImportError:  # no Triton for this platform
     affine = None
     composite = None
     gram = None
     patches = None
+    pointwise = None
     resize = None
 
 TINY = 2.0**-24  # 1 - TINY is a float32 number
@@ -409,6 +410,48 @@ def affine_relu(x, gain_and_shift, *, backend="auto"):
     return AffineRelu.apply(x, gain, shift)
 
 
+def affine_convolution(x, gain_and_shift, weight, residual=None, *, backend="auto"):
+    """Return (weight relu(x * gain + shift) + residual, x): a conditional norm with the 1 x 1
+    convolution behind it.
+
+    x: (N, C, H, W). gain_and_shift: (N, 2 C), as for affine_relu. weight: (D, C, 1, 1). residual:
+    (N, D or more, H, W), of which the first D channels are added, or (N, D or more, H / 2, W / 2),
+    enlarged to nearest neighbors. The first result is (N, D, H, W), in x's dtype and layout. Who
+    uses x again should take the second result, x itself: its gradient then joins the norm's in the
+    same kernel. There is no second derivative.
+    ValueError: shapes that do not fit together, or a backend that cannot run.
+    """
+    n, channels, height, width = x.shape
+    outputs = len(weight)
+    residual_shapes = [(n, height, width), (n, height / 2, width / 2)]
+    fits = gain_and_shift.shape == (n, 2 * channels) and weight.shape == (outputs, channels, 1, 1)
+    if fits and residual is not None:
+        _, residual_channels, *size = residual.shape
+        fits = residual_channels >= outputs and (len(residual), *size) in residual_shapes
+    if not fits:
+        shape_of_residual = None if residual is None else tuple(residual.shape)
+        raise ValueError(
+            "x should be (N, C, H, W), gain_and_shift (N, 2 C), weight (D, C, 1, 1) and the "
+            "residual (N, D or more) of the same or half the size, not "
+            f"{tuple(x.shape)}, {tuple(gain_and_shift.shape)}, {tuple(weight.shape)} and "
+            f"{shape_of_residual}"
+        )
+    tensors = [x, gain_and_shift, weight]
+    if residual is not None:
+        tensors.append(residual)
+    if use_triton(backend, *tensors):
+        return pointwise.AffineConvolution.apply(x, gain_and_shift, weight, residual)
+
+    y = F.conv2d(affine_relu(x, gain_and_shift, backend="eager"), weight)
+    if residual is not None:
+        residual = residual[:, :outputs]
+        if residual.shape[2] < height:
+            with without_autocast(residual):
+                residual = F.interpolate(residual, scale_factor=2)
+        y = y + residual
+    return y, x
+
+
 def convolution_relu(x, convolution, *, backend="auto"):
     """Return relu(convolution(x)) of a frozen Conv2d, (N, out_channels, H, W) in x's dtype.
 
@@ -433,24 +476,6 @@ def convolution_relu(x, convolution, *, backend="auto"):
 
 # --------------------------------------------------------------------------------------------------
 # Changes of size
-
-
-def add_enlarged(h, x, *, backend="auto"):
-    """Return h plus x's first channels, enlarged by 2 to nearest neighbors: a block's residual sum.
-
-    h: (N, C, 2 H, 2 W). x: (N, C or more, H, W), in h's dtype. Returns (N, C, 2 H, 2 W).
-    ValueError: shapes that do not fit together, or a backend that cannot run.
-    """
-    n, channels, height, width = h.shape
-    if x.shape[1] < channels or (n, height, width) != (len(x), 2 * x.shape[2], 2 * x.shape[3]):
-        raise ValueError(
-            "h should be (N, C, 2 H, 2 W) and x (N, C or more, H, W), not "
-            f"{tuple(h.shape)} and {tuple(x.shape)}"
-        )
-    if use_triton(backend, h, x):
-        return resize.add_enlarged_forward(h, x)
-    with without_autocast(x):
-        return h + F.interpolate(x[:, :channels], scale_factor=2)
 
 
 def enlarge(x, size, *, backend="auto"):

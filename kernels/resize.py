@@ -1,11 +1,7 @@
 """Enlarged and pooled activations, as Triton kernels.
 
-    add_enlarged  out = h + x, each pixel of x standing for 2 x 2 of h
-    enlarge       the derivative of bilinear enlargement, which itself is PyTorch's
-    max_pool      the largest of each 2 x 2 pixels
-
-add_enlarged reads h and x and writes the sum: the enlarged image is never in memory. x may have
-more channels than h; the last ones are left out, and get a gradient of zeros.
+    enlarge   the derivative of bilinear enlargement, which itself is PyTorch's
+    max_pool  the largest of each 2 x 2 pixels
 
 The derivative of the bilinear enlargement goes along one side after the other. Each small pixel
 gathers from the large ones that it was spread over, where PyTorch adds each large pixel atomically,
@@ -39,51 +35,6 @@ def tile_of_pixels(width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
     row = (position // width).to(tl.int64)  # divided in 32 bits, which is faster
     column = (position % width).to(tl.int64)
     return image, channel, position.to(tl.int64), row, column
-
-
-@triton.jit
-def add_enlarged_forward_kernel(
-    h,  # (N, C, H W)
-    x,  # (N, C or more, H / 2, W / 2)
-    out,  # out: (N, C, H W)
-    channels, height, width,  # of h
-    h_n, h_c, h_p,
-    x_n, x_c, x_h, x_w,
-    out_n, out_c, out_p,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Write the sum for BLOCK_P positions and BLOCK_C channels of one image."""
-    image, channel, position, row, column = tile_of_pixels(width, BLOCK_P, BLOCK_C)
-    inside = (channel < channels) & (row < height)
-
-    value = tl.load(h + image * h_n + channel * h_c + position * h_p, mask=inside, other=0.0)
-    place = x + image * x_n + channel * x_c + row // 2 * x_h + column // 2 * x_w
-    enlarged = tl.load(place, mask=inside, other=0.0)
-    total = value.to(tl.float32) + enlarged.to(tl.float32)
-    tl.store(out + image * out_n + channel * out_c + position * out_p, total, mask=inside)
-
-
-@triton.jit
-def add_enlarged_backward_kernel(
-    grad,  # (N, C, 2 H, 2 W)
-    out,  # out: (N, C or more, H W)
-    channels, all_channels, height, width,  # of grad; the others of out
-    grad_n, grad_c, grad_h, grad_w,
-    out_n, out_c, out_p,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient of x for BLOCK_P positions and BLOCK_C channels of one image."""
-    image, channel, position, row, column = tile_of_pixels(width, BLOCK_P, BLOCK_C)
-    inside = (channel < channels) & (row < height)
-
-    place = grad + image * grad_n + channel * grad_c + 2 * row * grad_h + 2 * column * grad_w
-    total = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(place + grad_w, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(place + grad_h, mask=inside, other=0.0).to(tl.float32)
-    total += tl.load(place + grad_h + grad_w, mask=inside, other=0.0).to(tl.float32)
-
-    inside = (channel < all_channels) & (row < height)
-    tl.store(out + image * out_n + channel * out_c + position * out_p, total, mask=inside)
 
 
 @triton.jit
@@ -220,72 +171,6 @@ def launch_sizes(x, positions):
 
 
 Tensor = torch.Tensor
-
-
-def unfilled_sum(h, x):
-    """Return the output of add_enlarged_forward, not filled."""
-    return unfilled(h, h.shape)
-
-
-@torch.library.custom_op("cgn::add_enlarged_forward", mutates_args=())
-def add_enlarged_forward(h: Tensor, x: Tensor) -> Tensor:
-    """Return h + x, (N, C, 2 H, 2 W), of h and x (N, C or more, H, W)."""
-    out = unfilled_sum(h, x)
-    _, channels, height, width = h.shape
-    grid, sizes = launch_sizes(h, height * width)
-    flat_h = h.flatten(2)
-    flat_out = out.flatten(2)  # a view
-    with on_device(h):
-        add_enlarged_forward_kernel[grid](
-            flat_h, x, flat_out,
-            channels, height, width,
-            *flat_h.stride(),
-            *x.stride(),
-            *flat_out.stride(),
-            **sizes,
-        )  # fmt: skip
-    return out
-
-
-add_enlarged_forward.register_fake(unfilled_sum)
-
-
-def unfilled_small_gradient(grad, channels):
-    """Return the output of add_enlarged_backward, not filled."""
-    n, _, height, width = grad.shape
-    return unfilled(grad, (n, channels, height // 2, width // 2))
-
-
-@torch.library.custom_op("cgn::add_enlarged_backward", mutates_args=())
-def add_enlarged_backward(grad: Tensor, channels: int) -> Tensor:
-    """Return the gradient of x, which has so many channels, for that of the sum."""
-    out = unfilled_small_gradient(grad, channels)
-    _, _, height, width = out.shape
-    grid, sizes = launch_sizes(out, height * width)
-    flat_out = out.flatten(2)  # a view
-    with on_device(grad):
-        add_enlarged_backward_kernel[grid](
-            grad, flat_out,
-            grad.shape[1], channels, height, width,
-            *grad.stride(),
-            *flat_out.stride(),
-            **sizes,
-        )  # fmt: skip
-    return out
-
-
-add_enlarged_backward.register_fake(unfilled_small_gradient)
-
-
-def keep_channels(ctx, inputs, output):
-    ctx.channels = inputs[1].shape[1]
-
-
-def gradients_of_sum(ctx, grad):
-    return grad, add_enlarged_backward(grad, ctx.channels)
-
-
-add_enlarged_forward.register_autograd(gradients_of_sum, setup_context=keep_channels)
 
 
 def gather_line(grad, length):

@@ -17,7 +17,7 @@ from conftest import ROOT, run
 import kernels
 import train_cgn
 from kernels import (
-    add_enlarged,
+    affine_convolution,
     affine_relu,
     benchmark,
     compose,
@@ -80,7 +80,14 @@ def laid_out(x, layout):
 # The standing of the files
 
 
-TRITON_FILES = ["affine.py", "composite.py", "gram.py", "patches.py", "resize.py"]
+TRITON_FILES = [
+    "affine.py",
+    "composite.py",
+    "gram.py",
+    "patches.py",
+    "pointwise.py",
+    "resize.py",
+]
 
 
 @pytest.mark.parametrize("name", TRITON_FILES)
@@ -581,11 +588,96 @@ def test_affine_relu_keeps_nan():
         assert y.isnan().sum() == 1 and y[1, 2, 3, 3].isnan()
 
 
+CONVOLVED = [  # n, channels, outputs, height, width, shape of the residual's channels and size, layout
+    (1, 1, 1, 1, 1, None, "contiguous"),
+    (2, 5, 18, 3, 7, (18, 1), "slice"),
+    (2, 70, 20, 6, 8, (20, 1), "channels last"),  # two blocks of the sum over channels
+    (2, 20, 150, 4, 6, (155, 2), "channels last"),  # two blocks of outputs, channels left out
+    (3, 17, 9, 9, 11, (12, 1), "channels last"),  # two blocks of positions, channels left out
+    (2, 33, 3, 10, 8, (3, 2), "contiguous"),
+    (2, 6, 40, 8, 6, (41, 2), "transposed"),
+]
+
+
+def convolution_inputs(n, channels, outputs, height, width, residual, dtype):
+    """x, gains and shifts, weight and residual (or None) in float64, of values that dtype has."""
+    torch.manual_seed(0)
+    inputs = [
+        torch.randn(n, channels, height, width),
+        torch.randn(n, 2 * channels),
+        torch.randn(outputs, channels, 1, 1),
+    ]
+    if residual:
+        residual_channels, ratio = residual
+        inputs.append(torch.randn(n, residual_channels, height // ratio, width // ratio))
+    return [x.to(DEVICE, dtype).double() for x in inputs]
+
+
+def convolution_run(inputs, dtype, layout, backend, uses=2):
+    """The result and the gradients of all inputs, where x is used once or twice."""
+    leaves = []
+    for x in inputs:
+        x = x.to(dtype)
+        leaves.append(laid_out(x, layout) if x.dim() == 4 else x.clone().requires_grad_())
+    y, x = affine_convolution(*leaves, backend=backend)
+    assert torch.equal(x, leaves[0])
+    seeded = torch.Generator().manual_seed(1)
+    outputs = [y, x][:uses]
+    gradients = [torch.randn(out.shape, generator=seeded).to(DTYPES[2]) for out in outputs]
+    gradients = [torch.empty_like(out).copy_(g) for out, g in zip(outputs, gradients)]
+    torch.autograd.backward(outputs, gradients)
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n, channels, outputs, height, width, residual, layout", CONVOLVED)
+def test_affine_convolution(n, channels, outputs, height, width, residual, layout, dtype):
+    inputs = convolution_inputs(n, channels, outputs, height, width, residual, dtype)
+    results = convolution_run(inputs, dtype, layout, "triton")
+    expected = convolution_run(inputs, torch.float64, layout, "eager")
+    for name, actual, exact in zip(("y", "x", "affine", "weight", "residual"), results, expected):
+        assert actual.dtype == dtype and actual.shape == exact.shape
+        close(actual, exact, 2 * TOLERANCES[dtype], name)  # what the ReLU gives is rounded, too
+    if layout == "channels last":
+        for x in (results[0], results[1], results[-1]):
+            assert x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_affine_convolution_whose_input_is_used_once():
+    inputs = convolution_inputs(2, 7, 5, 4, 4, None, torch.float32)
+    results = convolution_run(inputs, torch.float32, "contiguous", "triton", uses=1)
+    expected = convolution_run(inputs, torch.float64, "contiguous", "eager", uses=1)
+    for actual, exact in zip(results, expected, strict=True):
+        close(actual, exact, 1e-5)
+
+
+def test_eager_affine_convolution_is_the_formula():
+    x, gain_and_shift, weight, residual = convolution_inputs(2, 3, 4, 6, 8, (5, 2), torch.float32)
+    gain, shift = gain_and_shift[..., None, None].chunk(2, 1)
+    active = (x * gain + shift).relu()
+    expected = torch.einsum("dc,nchw->ndhw", weight[:, :, 0, 0], active)
+    enlarged = residual[:, :4].repeat_interleave(2, 2).repeat_interleave(2, 3)
+    y, again = affine_convolution(x, gain_and_shift, weight, residual)
+    torch.testing.assert_close(y, expected + enlarged)
+    assert again is x
+
+
+def test_affine_convolution_keeps_nan():
+    x, gain_and_shift, weight, residual = convolution_inputs(2, 3, 4, 6, 8, (4, 1), torch.float32)
+    x[1, 2, 3, 4] = torch.nan
+    residual[0, 1, 2, 3] = torch.nan
+    for backend in ("triton", "eager"):
+        inputs = [value.float() for value in (x, gain_and_shift, weight, residual)]
+        y, _ = affine_convolution(*inputs, backend=backend)
+        assert y.isnan().sum() == 5
+        assert y[1, :, 3, 4].isnan().all() and y[0, 1, 2, 3].isnan()
+
+
 # --------------------------------------------------------------------------------------------------
 # Changes of size
 
 
-RESIZED = [  # n, channels, height, width of the small images, layout
+RESIZED = [  # n, channels, height, width, layout
     (1, 1, 1, 1, "contiguous"),
     (2, 3, 5, 7, "slice"),
     (2, 70, 3, 4, "channels last"),  # two blocks of channels
@@ -621,16 +713,6 @@ def compare_backends(function, inputs, dtype, layout, roundings=1):
         close(actual, exact, roundings * TOLERANCES[dtype])
         if layout == "channels last":
             assert actual.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, channels, height, width, layout", RESIZED)
-def test_add_enlarged(n, channels, height, width, layout, dtype):
-    torch.manual_seed(0)
-    h = torch.randn(n, channels, 2 * height, 2 * width)
-    x = torch.randn(n, channels + n - 1, height, width)  # n = 2: one channel is left out
-    inputs = [value.to(DEVICE, dtype).double() for value in (h, x)]
-    compare_backends(add_enlarged, inputs, dtype, layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -747,9 +829,15 @@ def test_operators_are_registered_properly():
     check(operators.affine_forward.default, (leaf, gain_and_shift))
     check(operators.affine_backward.default, (features, gain_and_shift.detach(), features))
     check(operators.bias_relu.default, (features.clone(), gain_and_shift[0, :20].detach()))
-    larger = torch.randn(2, 17, 6, 8, device=DEVICE, requires_grad=True)
-    check(operators.add_enlarged_forward.default, (larger, leaf))
-    check(operators.add_enlarged_backward.default, (larger.detach(), 20))
+    weight = torch.randn(17, 20, device=DEVICE)
+    larger = torch.randn(2, 17, 6, 8, device=DEVICE)
+    inputs = (features, gain_and_shift.detach(), weight)
+    check(operators.pointwise_forward.default, (*inputs, None))
+    check(operators.pointwise_forward.default, (*inputs, features[:, :, ::3, ::4]))
+    gradient = torch.randn(2, 17, 3, 4, device=DEVICE)
+    check(operators.pointwise_backward.default, (*inputs, gradient, None))
+    check(operators.pointwise_backward.default, (*inputs, gradient, features))
+    check(operators.sum_of_four.default, (larger, 20))
     check(operators.enlarge_backward.default, (features[:1, :2].clone(), 2, 3))
     check(operators.max_pool_forward.default, (leaf, True))
     pooled, found = operators.max_pool_forward(features, False)
@@ -806,11 +894,17 @@ def test_offsets_past_31_bits():
         ones = torch.ones(2, 6, device=DEVICE)
         close(affine_relu(far, ones, backend="triton"), affine_relu(near, ones), 2**-7)
         close(max_pool(far, backend="triton"), max_pool(near), 0)
-        h = torch.zeros(2, 3, 8, 10, dtype=torch.bfloat16, device=DEVICE)
-        close(add_enlarged(h, far, backend="triton"), add_enlarged(h, near), 0)
-        for backward, *sizes in (("add_enlarged_backward", 3), ("enlarge_backward", 2, 3)):
-            backward = getattr(eager.resize, backward)
-            close(backward(far, *sizes), backward(near, *sizes), 0)
+        weight = torch.ones(4, 3, dtype=torch.bfloat16, device=DEVICE)
+        forward = eager.pointwise.pointwise_forward
+        close(forward(far, ones, weight, None), forward(near, ones, weight, None), 0)
+        grad = torch.ones(2, 4, 4, 5, dtype=torch.bfloat16, device=DEVICE)
+        backward = eager.pointwise.pointwise_backward
+        results = backward(far, ones, weight, grad, far)
+        for x, y in zip(results, backward(near, ones, weight, grad, near), strict=True):
+            close(x, y, 0)
+        close(eager.pointwise.sum_of_four(far, 4), eager.pointwise.sum_of_four(near, 4), 0)
+        enlarge_backward = eager.resize.enlarge_backward
+        close(enlarge_backward(far, 2, 3), enlarge_backward(near, 2, 3), 0)
 
 
 def test_same_bits_in_every_run():
@@ -819,12 +913,15 @@ def test_same_bits_in_every_run():
     both = torch.randn(2, 2, 70, 20, 20, device=DEVICE)
     features, target = both
     gain_and_shift = torch.randn(2, 140, device=DEVICE)
+    weight = torch.randn(30, 70, 1, 1, device=DEVICE)
+    convolved = [features, gain_and_shift, weight, target]
     results = []
     for _ in range(2):
         outputs, _, grads = composite_run(inputs, torch.float32, "contiguous", "triton", gradients)
         style = style_run(features, target, torch.float32, "contiguous", "triton")
         norm = affine_run((features, gain_and_shift, target), torch.float32, "slice", "triton")
-        results.append([*outputs, *grads, *style, *norm])
+        block = convolution_run(convolved, torch.float32, "channels last", "triton")
+        results.append([*outputs, *grads, *style, *norm, *block])
     for x, y in zip(*results, strict=True):
         assert torch.equal(x, y)
 
@@ -887,17 +984,31 @@ def test_bias_relu_moves_2_elements(moved):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts what a kernel moves")
-def test_changes_of_size_move_what_they_have_to(moved):
-    h = torch.randn(1, 64, 32, 32)
-    x = torch.randn(1, 128, 16, 16)  # half as many numbers, of which half are added
-    h, x = (value.to(memory_format=torch.channels_last).requires_grad_() for value in (h, x))
-    y = add_enlarged(h, x, backend="triton")
-    assert sum(moved) == 3 * h.numel()  # each number of x for four of h: from the cache
+def test_affine_convolution_moves_each_number_once(moved):
+    """But x and the gradient of y twice, for the gradients of x and of the weight, as any
+    convolution does. Weights, gains and shifts, and sums for their gradients, are moved once for
+    each tile of positions.
+    """
+    n, channels, outputs, side = 2, 64, 16, 32
+    x = torch.randn(n, channels, side, side).to(torch.float16, memory_format=torch.channels_last)
+    leaf = x.clone().requires_grad_()
+    norm = torch.randn(n, 2 * channels)
+    weight = torch.randn(outputs, channels, 1, 1, dtype=torch.float16, requires_grad=True)
+    residual = x[:, :, ::2, ::2]
+    y, again = affine_convolution(leaf, norm, weight, residual, backend="triton")
+    tiles = n * side**2 // 64
+    of_tile = weight.numel() + 2 * channels
+    # The residual's numbers are read once for each of four of y: from the cache.
+    assert sum(moved) == x.numel() + 2 * y.numel() + tiles * of_tile
     moved.clear()
-    y.backward(h.detach())
-    assert sum(moved) == 1.5 * h.numel()
+    torch.autograd.backward([y, again], [y.detach(), x])
+    of_tile += 2 * channels + 2 * channels + weight.numel()
+    assert sum(moved) == 4 * x.numel() + 2 * y.numel() + tiles * of_tile
 
-    moved.clear()
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts what a kernel moves")
+def test_changes_of_size_move_what_they_have_to(moved):
+    h = torch.randn(1, 64, 32, 32).to(memory_format=torch.channels_last).requires_grad_()
     y = max_pool(h, backend="triton")
     assert sum(moved) == 1.5 * h.numel()
     moved.clear()
@@ -932,8 +1043,10 @@ def test_what_cannot_run_says_why():
         sample_patch_images(image, mask, windows)
     with pytest.raises(ValueError, match=r"gain_and_shift \(N, 2 C\), not .* \(2, 3\)"):
         affine_relu(image, torch.rand(2, 3))
-    with pytest.raises(ValueError, match=r"x \(N, C or more, H, W\), not .* \(2, 2, 2, 2\)"):
-        add_enlarged(image, image[:, :2, :2, :2])
+    weight = torch.rand(3, 3, 1, 1)
+    for wrong in ((weight[:, :2], None), (weight, image[:, :2]), (weight, image[:, :, 1:, 1:])):
+        with pytest.raises(ValueError, match=r"half the size, not \(2, 3, 4, 4\), \(2, 6\), "):
+            affine_convolution(image, torch.rand(2, 6), *wrong)
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) cannot be enlarged to \(8, 2\)"):
         enlarge(image, (8, 2))
     mask = mask.double()
@@ -973,8 +1086,10 @@ def test_kernels_compile_for_gpus_of_three_generations_without_spilling():
         "affine_forward",
         "affine_backward",
         "bias_relu",
-        "add_enlarged_forward",
-        "add_enlarged_backward",
+        "pointwise_forward",
+        "pointwise_input",
+        "pointwise_weight",
+        "sum_of_four",
         "gather_line",
         "max_pool_forward",
         "max_pool_backward",
@@ -1048,7 +1163,7 @@ def test_benchmark_writes_its_table(tmp_path):
 
 
 def test_benchmark_times_gradients_that_are_handed_on():
-    """A residual sum's gradient is the tensor that it is given: it must be there the next time."""
+    """A sum's gradient is the tensor that it is given: it must be there the next time."""
     args = types.SimpleNamespace(no_compile=True, warmup=0, seconds=0)
     device = torch.device(DEVICE)
     for case in benchmark.resize_cases(1, 8, torch.float32, device):

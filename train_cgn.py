@@ -1213,32 +1213,32 @@ def derive(network, truncation, dtype=None):
         weight = normalized_weight(layer)
         if isinstance(layer, UpsampleConv2d):
             weight = upsampling_kernel(weight)
-        # Those of norms go into more tensors below, at full precision.
-        of_norm = name.endswith(("scale", "offset"))
-        pairs.append(set_leaf(layer, "weight", weight, None if of_norm else dtype))
+        # Those of norms and self-attention go into more tensors below, at full precision.
+        goes_on = name.endswith(("scale", "offset")) or "snconv" in name
+        pairs.append(set_leaf(layer, "weight", weight, None if goes_on else dtype))
     for biggan in network.modules():
         if isinstance(biggan, BigGAN) and biggan.generator.bn.running_means is not None:
-            pairs += derive_norms(biggan, truncation)
+            pairs += derive_norms(biggan, truncation, dtype)
     return pairs
 
 
-def derive_norms(biggan, truncation):
+def derive_norms(biggan, truncation, dtype):
     """The conditional norms' part of `derive`: one layer gives the gains and shifts of all.
 
     A GPU adds a convolution's bias in a pass over the whole image, and sums the gradient over it in
     another. So the blocks leave biases out, and the next norm makes up for them. Those of conv_3
-    stay missing in the residual stream, until self-attention or the last norm.
+    stay missing in the residual stream, until the last norm.
     """
     generator = biggan.generator
     pairs = []
     norms = []  # with what their inputs lack
     missing = torch.zeros_like(generator.layers[0].bn_0.running_means[0])
     for layer in generator.layers:
+        if isinstance(layer, SelfAttention):
+            pairs += derive_attention(layer, missing, dtype)
+            continue
         pairs.append(set_leaf(layer, "missing", missing))
         missing = layer.missing
-        if isinstance(layer, SelfAttention):
-            missing = torch.zeros_like(missing)
-            continue
         norms.append((layer.bn_0, missing))
         norms.append((layer.bn_1, layer.conv_0.bias))
         norms.append((layer.bn_2, layer.conv_1.bias))
@@ -1257,6 +1257,22 @@ def derive_norms(biggan, truncation):
     pairs.append(set_leaf(biggan, "affine_weight", torch.cat(affine_weights)))
     pairs.append(set_leaf(biggan, "affine_bias", torch.cat(affine_biases)))
     return pairs
+
+
+def derive_attention(layer, missing, dtype):
+    """Self-attention's part of `derive`: theta, phi and g in one linear layer, gamma in a weight
+    instead of in a pass over the activations.
+
+    missing: (C,), the biases that its input lacks.
+    """
+    convolutions = (layer.snconv1x1_theta, layer.snconv1x1_phi, layer.snconv1x1_g)
+    weight = torch.cat([convolution.weight.flatten(1) for convolution in convolutions])
+    output_weight = layer.gamma * layer.snconv1x1_o_conv.weight.flatten(1)
+    return [
+        set_leaf(layer, "weight", weight, dtype),  # (3 C / 4, C)
+        set_leaf(layer, "bias", weight @ missing, dtype),  # (3 C / 4,)
+        set_leaf(layer, "output_weight", output_weight, dtype),  # (C, C / 2)
+    ]
 
 
 @torch.no_grad()
@@ -1314,7 +1330,9 @@ def fold(network, truncation=1.0):
             module.scale = module.offset = module.weight = module.bias = None
             module.running_means = module.running_vars = None
         elif isinstance(module, SelfAttention):
-            module.missing = nn.Parameter(module.missing)
+            module.weight = nn.Parameter(module.weight)
+            module.bias = nn.Parameter(module.bias)
+            module.output_weight = nn.Parameter(module.output_weight)
         elif hasattr(module, "weight_orig"):
             weight = module.__dict__.pop("weight")
             del module.weight_orig, module.weight_u, module.weight_v
@@ -1365,7 +1383,7 @@ class GenBlock(nn.Module):
 class SelfAttention(nn.Module):
     """Each position looks at all positions of the half-sized image (Zhang et al. 2019).
 
-    Adds the biases that blocks have left out, see derive_norms.
+    Its first three convolutions are computed in one, see derive_attention.
     """
 
     def __init__(self, channels):
@@ -1379,16 +1397,18 @@ class SelfAttention(nn.Module):
         self.snconv1x1_o_conv = spectral(nn.Conv2d(channels // 2, channels, 1, bias=False))
 
     def forward(self, x, _):
-        x = x + self.missing.to(x.dtype)[:, None, None]
-        query = self.snconv1x1_theta(x)
-        key = max_pool(self.snconv1x1_phi(x), backend=self.kernels)
-        value = max_pool(self.snconv1x1_g(x), backend=self.kernels)
+        _, channels, height, width = x.shape
+        h = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias)  # (N, H, W, 3 C / 4)
+        query, h = h.split([channels // 8, channels * 5 // 8], 3)
+        h = max_pool(h.permute(0, 3, 1, 2), backend=self.kernels).permute(0, 2, 3, 1)
+        query = query.flatten(1, 2)
+        key, value = h.flatten(1, 2).split([channels // 8, channels // 2], 2)
         # With a dimension for its one head, attention takes its fast path: (N, 1, H W, C / 8),
         # (N, 1, H W / 4, C / 8) and (N, 1, H W / 4, C / 2).
-        query, key, value = (h.flatten(2).transpose(1, 2)[:, None] for h in (query, key, value))
-        seen = F.scaled_dot_product_attention(query, key, value, scale=1.0)[:, 0]
-        seen = seen.transpose(1, 2).unflatten(2, x.shape[2:])  # (N, C / 2, H, W)
-        return torch.addcmul(x, self.gamma.to(x.dtype), self.snconv1x1_o_conv(seen))
+        query, key, value = (h[:, None] for h in (query, key, value))
+        seen = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
+        seen = F.linear(seen, self.output_weight)  # (N, H W, C)
+        return x + seen.transpose(1, 2).unflatten(2, (height, width))
 
 
 # (doubles the size, inputs, outputs) of each block of BigGAN-deep-256, in units of channel_width.

@@ -169,10 +169,10 @@ class VGG16Features(nn.Module):
         x = image.to(dtype, memory_format=self.memory_format)
         features = []
         for number, convolution in enumerate(self.convolutions, 1):
-            x = convolution_relu(x, convolution, backend=self.kernels)
+            x, feature = convolution_relu(x, convolution, backend=self.kernels)
             if number not in STYLE_CONVOLUTIONS:
                 continue
-            features.append(x)
+            features.append(feature)
             if len(features) == layers:
                 break
             if number < len(self.convolutions):
@@ -271,7 +271,10 @@ def blob_pictures(generator, count=16, side=32):
 
 
 class ConvNormReLU(nn.Module):
-    """3 x 3 convolution, BatchNorm and ReLU. With the norm folded into the convolution, frozen."""
+    """3 x 3 convolution, BatchNorm and ReLU. With the norm folded into the convolution, frozen.
+
+    Returns the result twice, for two users of it, see convolution_relu.
+    """
 
     def __init__(self, inputs, outputs, dilation=1):
         super().__init__()
@@ -282,7 +285,8 @@ class ConvNormReLU(nn.Module):
     def forward(self, x):
         if isinstance(self.bn_s1, nn.Identity):
             return convolution_relu(x, self.conv_s1, backend=self.kernels)
-        return F.relu_(self.bn_s1(self.conv_s1(x)))
+        y = F.relu_(self.bn_s1(self.conv_s1(x)))
+        return y, y
 
 
 class RSU(nn.Module):
@@ -310,18 +314,17 @@ class RSU(nn.Module):
             self.add_module(f"rebnconv{i + 1}d", layer)
 
     def forward(self, x):
-        entry = self.rebnconvin(x)
-        h = entry
+        h, entry = self.rebnconvin(x)
         levels = []
         for i in range(1, self.depth):
             if levels and not self.dilated:
                 h = max_pool(h, ceil_mode=True, backend=self.kernels)
-            h = getattr(self, f"rebnconv{i}")(h)
-            levels.append(h)
-        h = getattr(self, f"rebnconv{self.depth}")(h)
+            h, level = getattr(self, f"rebnconv{i}")(h)
+            levels.append(level)
+        h, _ = getattr(self, f"rebnconv{self.depth}")(h)
         for i in reversed(range(1, self.depth)):
             h = enlarge(h, levels[i - 1].shape[2:], backend=self.kernels)
-            h = getattr(self, f"rebnconv{i}d")(torch.cat([h, levels[i - 1]], 1))
+            h, _ = getattr(self, f"rebnconv{i}d")(torch.cat([h, levels[i - 1]], 1))
         return h + entry
 
 

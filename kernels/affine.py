@@ -9,7 +9,7 @@ shift: three elements moved for each of x, where plain PyTorch moves about sixte
 and run in two stages of fixed order, so that every run gives the same bits.
 
 Bias and ReLU read and write x once. PyTorch on a GPU adds a convolution's bias in a pass of its
-own, one element at a time.
+own, one element at a time. Their derivative adds the gradients of two users of the result.
 
 Any sizes and strides; float32, float16 and bfloat16. This file needs only torch and triton and can
 be copied alone.
@@ -126,6 +126,31 @@ def bias_relu_kernel(
     value = tl.load(place, mask=inside, other=0.0).to(tl.float32) + shift
     value = tl.where(value < 0, 0.0, value)  # NaN stays NaN
     tl.store(place, value, mask=inside)
+
+
+@triton.jit
+def relu_backward_kernel(
+    y,  # (N, C, H W), the result
+    grad,  # (N, C, H W), of one use of it
+    other,  # (N, C, H W), of another
+    out,  # out: (N, C, H W)
+    channels, positions,
+    y_n, y_c, y_p,
+    grad_n, grad_c, grad_p,
+    other_n, other_c, other_p,
+    out_n, out_c, out_p,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Write the sum of both gradients where the ReLU was open, and 0 elsewhere."""
+    image, channel, position, inside = tile_of_program(channels, positions, BLOCK_P, BLOCK_C)
+    place = y + image * y_n + channel * y_c + position * y_p
+    value = tl.load(place, mask=inside, other=0.0)
+    place = grad + image * grad_n + channel * grad_c + position * grad_p
+    total = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    place = other + image * other_n + channel * other_c + position * other_p
+    total += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    total = tl.where(value <= 0, 0.0, total)
+    tl.store(out + image * out_n + channel * out_c + position * out_p, total, mask=inside)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -260,18 +285,56 @@ def bias_relu(x: Tensor, bias: Tensor) -> None:
         )  # fmt: skip
 
 
+def unfilled_sum(y, grad, other):
+    """Return the output of relu_backward, not filled."""
+    return empty_like(y)
+
+
+@torch.library.custom_op("cgn::relu_backward", mutates_args=())
+def relu_backward(y: Tensor, grad: Tensor, other: Tensor) -> Tensor:
+    """Return grad + other where y > 0, and 0 elsewhere: all (N, C, H, W)."""
+    out = unfilled_sum(y, grad, other)
+    n, channels, height, width = y.shape
+    block_p, block_c = tile_sizes(y)
+    grid = (triton.cdiv(height * width, block_p), triton.cdiv(channels, block_c), n)
+    flat_y, flat_grad, flat_other = (x.flatten(2) for x in (y, grad, other))
+    flat_out = out.flatten(2)  # a view: empty_like made it
+    with on_device(y):
+        relu_backward_kernel[grid](
+            flat_y, flat_grad, flat_other, flat_out,
+            channels, height * width,
+            *flat_y.stride(),
+            *flat_grad.stride(),
+            *flat_other.stride(),
+            *flat_out.stride(),
+            BLOCK_P=block_p, BLOCK_C=block_c, num_warps=8,
+        )  # fmt: skip
+    return out
+
+
+relu_backward.register_fake(unfilled_sum)
+
+
 class BiasRelu(torch.autograd.Function):
-    """bias_relu with the derivative of x, which looks at the result for where the ReLU was open."""
+    """bias_relu with the derivative of x, which looks at the result for where the ReLU was open.
+
+    Returns the result twice, for two users of it: PyTorch would add their gradients in a pass of
+    its own.
+    """
 
     @staticmethod
     def forward(ctx, x, bias):
+        ctx.set_materialize_grads(False)  # None for a user that there is not
         bias_relu(x, bias)
         ctx.mark_dirty(x)
         ctx.save_for_backward(x)
-        return x
+        return x, x.view_as(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
+    def backward(ctx, grad, other):
         (y,) = ctx.saved_tensors
-        return torch.ops.aten.threshold_backward(gradient, y, 0), None
+        if grad is not None and other is not None:
+            return relu_backward(y, grad, other), None
+        grad = other if grad is None else grad
+        return torch.ops.aten.threshold_backward(grad, y, 0), None

@@ -2,9 +2,9 @@
 
 These are the mask composite with its losses, the style loss of Gram matrices, the patch images,
 what stands before a ReLU (gain and shift of conditional norms, biases of frozen convolutions), and
-changes of size. The Triton kernels in composite.py, gram.py, patches.py, affine.py,
-pointwise.py and resize.py are tested against what stands here, and run on CUDA tensors. `backend="triton"` or `"eager"` asks
-for one of the two; `"auto"` takes Triton wherever it can run.
+changes of size. The Triton kernels of the other files are tested against what stands here, and run
+on CUDA tensors. `backend="triton"` or `"eager"` asks for one of the two; `"auto"` takes Triton
+wherever it can run.
 """
 
 from typing import NamedTuple
@@ -421,21 +421,7 @@ def affine_convolution(x, gain_and_shift, weight, residual=None, *, backend="aut
     same kernel. There is no second derivative.
     ValueError: shapes that do not fit together, or a backend that cannot run.
     """
-    n, channels, height, width = x.shape
-    outputs = len(weight)
-    residual_shapes = [(n, height, width), (n, height / 2, width / 2)]
-    fits = gain_and_shift.shape == (n, 2 * channels) and weight.shape == (outputs, channels, 1, 1)
-    if fits and residual is not None:
-        _, residual_channels, *size = residual.shape
-        fits = residual_channels >= outputs and (len(residual), *size) in residual_shapes
-    if not fits:
-        shape_of_residual = None if residual is None else tuple(residual.shape)
-        raise ValueError(
-            "x should be (N, C, H, W), gain_and_shift (N, 2 C), weight (D, C, 1, 1) and the "
-            "residual (N, D or more) of the same or half the size, not "
-            f"{tuple(x.shape)}, {tuple(gain_and_shift.shape)}, {tuple(weight.shape)} and "
-            f"{shape_of_residual}"
-        )
+    check_convolution_shapes(x, gain_and_shift, weight, residual)
     tensors = [x, gain_and_shift, weight]
     if residual is not None:
         tensors.append(residual)
@@ -444,25 +430,45 @@ def affine_convolution(x, gain_and_shift, weight, residual=None, *, backend="aut
 
     y = F.conv2d(affine_relu(x, gain_and_shift, backend="eager"), weight)
     if residual is not None:
-        residual = residual[:, :outputs]
-        if residual.shape[2] < height:
+        residual = residual[:, : len(weight)]
+        if residual.shape[2] < x.shape[2]:
             with without_autocast(residual):
                 residual = F.interpolate(residual, scale_factor=2)
         y = y + residual
     return y, x
 
 
-def convolution_relu(x, convolution, *, backend="auto"):
-    """Return relu(convolution(x)) of a frozen Conv2d, (N, out_channels, H, W) in x's dtype.
+def check_convolution_shapes(x, gain_and_shift, weight, residual):
+    """Raise ValueError for shapes that affine_convolution cannot take."""
+    n, channels, height, width = x.shape
+    outputs = len(weight)
+    fits = gain_and_shift.shape == (n, 2 * channels) and weight.shape == (outputs, channels, 1, 1)
+    shapes = [tuple(tensor.shape) for tensor in (x, gain_and_shift, weight)]
+    if residual is not None:
+        shapes.append(tuple(residual.shape))
+        images, residual_channels, *size = residual.shape
+        fits = fits and images == n and residual_channels >= outputs
+        fits = fits and size in ([height, width], [height / 2, width / 2])
+    if not fits:
+        raise ValueError(
+            "x should be (N, C, H, W), gain_and_shift (N, 2 C), weight (D, C, 1, 1) and a residual "
+            f"(N, D or more, H, W) or of half the size, not {', '.join(map(str, shapes))}"
+        )
 
-    x: (N, in_channels, H, W), in the dtype of the weights. There is no second derivative.
+
+def convolution_relu(x, convolution, *, backend="auto"):
+    """Return relu(convolution(x)) of a frozen Conv2d, (N, out_channels, H, W) in x's dtype, twice.
+
+    x: (N, in_channels, H, W), in the dtype of the weights. Two users of the result should take one
+    each: their gradients are then added in the kernel of the ReLU's. There is no second derivative.
     ValueError: a convolution that is trained or has no bias, or a backend that cannot run.
     """
     bias = convolution.bias
     if bias is None or bias.requires_grad or convolution.weight.requires_grad:
         raise ValueError("convolution should be frozen, with a bias")
     if not use_triton(backend, x, bias):
-        return F.relu_(convolution(x))
+        y = F.relu_(convolution(x))
+        return y, y
     x = F.conv2d(
         x,
         convolution.weight,

@@ -16,12 +16,20 @@ import triton
 import triton.language as tl
 
 WORKSPACE = 64 * 2**20  # bytes at most for partial sums, where programs share the positions
+TUNED_SIZE = 2**22  # elements of features from which on a choice of configuration pays
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 CONFIGS = [
     triton.Config({}, num_warps=8, num_stages=3),
     triton.Config({}, num_warps=4, num_stages=3),
     triton.Config({}, num_warps=8, num_stages=4),
 ]
+
+
+def configs_to_try(configs, arguments, **_):
+    """Of small features, the first: compiling the others takes seconds, and gains nothing."""
+    images_and_positions = arguments["positions_class"] // 2
+    large = arguments["channels"] * images_and_positions >= TUNED_SIZE
+    return configs if large else configs[:1]
 
 
 def tuned(kernel):
@@ -33,7 +41,8 @@ def tuned(kernel):
     if not isinstance(kernel, triton.runtime.JITFunction):
         configs = CONFIGS[:1]
     key = ["channels", "positions_class"]
-    return triton.autotune(configs, key=key, cache_results=True)(kernel)
+    prune = {"early_config_prune": configs_to_try}
+    return triton.autotune(configs, key=key, prune_configs_by=prune, cache_results=True)(kernel)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -440,8 +440,9 @@ class AffineConvolution(torch.autograd.Function):
         grad_residual = None
         if ctx.needs_input_grad[3]:
             _, channels, height, _ = ctx.residual_shape
+            grad_residual = grad
             if height < grad.shape[2]:
                 grad_residual = sum_of_four(grad, channels)
-            else:
+            elif channels > grad.shape[1]:
                 grad_residual = F.pad(grad, [0, 0, 0, 0, 0, channels - grad.shape[1]])
         return grads[0], grads[1], grads[2].view_as(weight), grad_residual

@@ -7,6 +7,7 @@ import random
 import resource
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -191,7 +192,9 @@ def check_kills(script, flags, tmp_path, kills):
 def torchrun(ranks, script, *flags):
     """Run a script on several ranks of this CPU."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    port = 29541 + int(os.environ.get("CGN_TEST_PROCESS", 0))
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
     command += ["--master-port", str(port), "--", str(ROOT / script), *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

@@ -46,9 +46,9 @@ def run_in_processes(session, queue, processes):
     context = multiprocessing.get_context("fork")
     taken = context.Value("i", 0)
     receivers = {}
-    for index in range(processes):
+    for _ in range(processes):
         receiver, sender = context.Pipe(duplex=False)
-        worker = context.Process(target=work, args=(session, queue, taken, sender, index))
+        worker = context.Process(target=work, args=(session, queue, taken, sender))
         worker.start()
         sender.close()
         receivers[receiver] = worker
@@ -67,10 +67,9 @@ def run_in_processes(session, queue, processes):
             hook.pytest_runtest_logreport(report=report)
 
 
-def work(session, queue, taken, sender, index):
+def work(session, queue, taken, sender):
     """One process: run tests until none is left, and send the report of each."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.environ["CGN_TEST_PROCESS"] = str(index)
     torch.set_num_threads(1)
     config = session.config
     config.pluginmanager.unregister(name="terminalreporter")

@@ -360,6 +360,14 @@ def test_eager_style_loss_is_the_same_within_autocast():
     assert all(map(torch.equal, *results))
 
 
+def test_small_features_are_not_tuned():
+    configs = eager.gram.CONFIGS
+    for images, channels, side, count in ((32, 64, 32, 1), (32, 128, 16, 1), (16, 512, 32, 3)):
+        features = torch.empty(1).expand(images, channels, side**2)
+        arguments = {"channels": channels, "positions_class": eager.gram.tuning_class(features)}
+        assert len(eager.gram.configs_to_try(configs, arguments, num_warps=8)) == count
+
+
 def test_splits_stay_within_the_workspace():
     """Few positions to split, many to split, and so many bytes of sums that no split has room."""
     shapes = [
@@ -535,25 +543,42 @@ def test_affine_relu(n, channels, height, width, layout, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("channels, side, dilation", [(3, 6, 1), (70, 33, 2)])
-def test_convolution_relu(channels, side, dilation, channels_last, dtype):
+@pytest.mark.parametrize("uses", [(0,), (1,), (0, 1)])
+def test_convolution_relu(channels, side, dilation, channels_last, uses, dtype):
     torch.manual_seed(0)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     convolution = torch.nn.Conv2d(5, channels, 3, padding=dilation, dilation=dilation)
     convolution.bias.data *= 10
     convolution.requires_grad_(False).to(DEVICE, dtype)
     x = torch.randn(2, 5, side, side + 1, device=DEVICE).to(dtype, memory_format=layout)
-    gradient = torch.randn(2, channels, side, side + 1, device=DEVICE).to(dtype)
+    gradients = torch.randn(2, 2, channels + 1, side, side + 1, device=DEVICE).to(dtype)
+    gradients = [gradients[0, :, 1:], gradients[1, :, 1:].to(memory_format=layout)]  # a slice
     results = []
     for backend, kind in (("triton", dtype), ("eager", torch.float64)):
         leaf = x.detach().to(kind).requires_grad_()
-        y = convolution_relu(leaf, convolution.to(kind), backend=backend)
-        y.backward(gradient.to(kind))
-        results.append((y.detach(), leaf.grad))
+        both = convolution_relu(leaf, convolution.to(kind), backend=backend)
+        assert torch.equal(*both)
+        outputs = [both[use] for use in uses]
+        torch.autograd.backward(outputs, [gradients[use].to(kind) for use in uses])
+        results.append((both[0].detach(), leaf.grad))
     (y, grad_x), (exact, exact_grad) = results
     assert y.dtype == dtype and y.min() == 0
     # Twice: the convolution has rounded once before. Where the ReLU was open may differ at 0.
     close(y, exact, 2 * TOLERANCES[dtype])
     assert (grad_x - exact_grad).abs().mean() < 2 * TOLERANCES[dtype] * exact_grad.abs().max()
+
+
+def test_the_derivative_of_relu_is_one_pass_for_two_users():
+    torch.manual_seed(0)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        y, grad, other = torch.randn(3, 2, 70, 5, 6, device=DEVICE)
+        y = y.relu().to(memory_format=memory_format)
+        y[1, 2, 3, 4] = torch.nan  # there gradients pass, as in PyTorch
+        grad = grad.to(memory_format=memory_format)
+        result = eager.affine.relu_backward(y, grad, other)
+        expected = torch.ops.aten.threshold_backward(grad + other, y, 0)
+        assert torch.equal(result, expected)
+        assert result.is_contiguous(memory_format=memory_format)
 
 
 def test_convolution_relu_keeps_nan_and_refuses_training():
@@ -566,7 +591,7 @@ def test_convolution_relu_keeps_nan_and_refuses_training():
     x[0, 1, 2, 3] = torch.nan
     convolution.requires_grad_(False)
     for backend in ("triton", "eager"):
-        y = convolution_relu(x, convolution, backend=backend)
+        y, _ = convolution_relu(x, convolution, backend=backend)
         assert y.isnan().sum() == 3 and y[0, :, 2, 3].isnan().all()
 
 
@@ -588,7 +613,7 @@ def test_affine_relu_keeps_nan():
         assert y.isnan().sum() == 1 and y[1, 2, 3, 3].isnan()
 
 
-CONVOLVED = [  # n, channels, outputs, height, width, shape of the residual's channels and size, layout
+CONVOLVED = [  # n, channels, outputs, height, width, (channels, reduction) of a residual, layout
     (1, 1, 1, 1, 1, None, "contiguous"),
     (2, 5, 18, 3, 7, (18, 1), "slice"),
     (2, 70, 20, 6, 8, (20, 1), "channels last"),  # two blocks of the sum over channels
@@ -829,6 +854,7 @@ def test_operators_are_registered_properly():
     check(operators.affine_forward.default, (leaf, gain_and_shift))
     check(operators.affine_backward.default, (features, gain_and_shift.detach(), features))
     check(operators.bias_relu.default, (features.clone(), gain_and_shift[0, :20].detach()))
+    check(operators.relu_backward.default, (features, target_features, features))
     weight = torch.randn(17, 20, device=DEVICE)
     larger = torch.randn(2, 17, 6, 8, device=DEVICE)
     inputs = (features, gain_and_shift.detach(), weight)
@@ -976,11 +1002,14 @@ def test_affine_relu_moves_2_elements_and_3_back(moved):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts what a kernel moves")
-def test_bias_relu_moves_2_elements(moved):
+def test_bias_relu_moves_2_elements_and_4_back(moved):
     x = torch.randn(2, 64, 48, 48).to(memory_format=torch.channels_last)
     block_p, _ = eager.affine.tile_sizes(x)
     eager.affine.bias_relu(x, torch.randn(64))
     assert sum(moved) == 2 * x.numel() + 2 * 64 * (48 * 48 // block_p)  # biases for each tile
+    moved.clear()
+    eager.affine.relu_backward(x, x, x)
+    assert sum(moved) == 4 * x.numel()
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts what a kernel moves")
@@ -1062,7 +1091,7 @@ def without_interpreter():
     return environment
 
 
-def test_kernels_compile_for_gpus_of_three_generations_without_spilling():
+def test_kernels_compile_for_gpus_of_three_generations():
     pytest.importorskip("triton.backends.nvidia")
     script = str(ROOT / "kernels" / "compile_check.py")
     done = subprocess.run(
@@ -1086,6 +1115,7 @@ def test_kernels_compile_for_gpus_of_three_generations_without_spilling():
         "affine_forward",
         "affine_backward",
         "bias_relu",
+        "relu_backward",
         "pointwise_forward",
         "pointwise_input",
         "pointwise_weight",

@@ -447,8 +447,9 @@ def check_convolution_shapes(x, gain_and_shift, weight, residual):
     if residual is not None:
         shapes.append(tuple(residual.shape))
         images, residual_channels, *size = residual.shape
+        doubled = [2 * side for side in size]
         fits = fits and images == n and residual_channels >= outputs
-        fits = fits and size in ([height, width], [height / 2, width / 2])
+        fits = fits and (size == [height, width] or doubled == [height, width])
     if not fits:
         raise ValueError(
             "x should be (N, C, H, W), gain_and_shift (N, 2 C), weight (D, C, 1, 1) and a residual "

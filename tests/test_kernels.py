@@ -899,6 +899,29 @@ def test_compiled_whole_and_no_second_derivative():
             first.sum().backward()
 
 
+def network_path(x, gain_and_shift, weight, convolution):
+    """A residual block, and frozen layers with two users each."""
+    h, again = affine_convolution(x, gain_and_shift, weight, x[:, :4, ::2, ::2], backend="triton")
+    y, other = convolution_relu(h, convolution, backend="triton")
+    y = enlarge(max_pool(y, backend="triton"), (8, 6), backend="triton")
+    return affine_relu(again, gain_and_shift, backend="triton")[:, :5] * y + other
+
+
+def test_networks_are_compiled_whole():
+    torch.manual_seed(0)
+    leaves = [torch.randn(2, 6, 8, 6), torch.randn(2, 12), torch.randn(4, 6, 1, 1)]
+    leaves = [leaf.to(DEVICE).requires_grad_() for leaf in leaves]
+    convolution = torch.nn.Conv2d(4, 5, 3, padding=1).requires_grad_(False).to(DEVICE)
+    expected = network_path(*leaves, convolution)
+    gradient = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad(expected, leaves, gradient)
+    torch._dynamo.reset()
+    compiled = torch.compile(network_path, fullgraph=True, backend="aot_eager")
+    y = compiled(*leaves, convolution)
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(torch.autograd.grad(y, leaves, gradient), expected_grads)
+
+
 def test_offsets_past_31_bits():
     """Images and channels 2^31 elements apart. The memory between them is never touched."""
     size = 2**32 + 1000

@@ -1215,11 +1215,14 @@ def test_benchmark_writes_its_table(tmp_path):
     assert "Not timed" in text
 
 
-def test_benchmark_times_gradients_that_are_handed_on():
-    """A sum's gradient is the tensor that it is given: it must be there the next time."""
+def test_benchmark_times_convolutions_and_changes_of_size():
     args = types.SimpleNamespace(no_compile=True, warmup=0, seconds=0)
     device = torch.device(DEVICE)
-    for case in benchmark.resize_cases(1, 8, torch.float32, device):
+    cases = [
+        *benchmark.pointwise_cases(1, 8, torch.float32, device),
+        *benchmark.resize_cases(1, 8, torch.float32, device),
+    ]
+    for case in cases:
         rows = benchmark.time_case(case, args, device)
         assert {phase for _, phase, *_ in rows} == set(benchmark.PHASES)
 

@@ -32,7 +32,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def multiply(a, b, total):
+def add_product(a, b, total):
     """total + a b."""
     if INTERPRETED and a.dtype == tl.bfloat16:
         # Triton's interpreter would multiply the bits as integers.
@@ -50,10 +50,11 @@ def load_tile(x, position, channel, positions, channels, x_p, x_c):
 
 
 @triton.jit
-def gain_and_shift(affine, channel, channels):
-    """Those of one image's channels, in float32, as rows."""
-    gain = tl.load(affine + channel, mask=channel < channels, other=0.0)
-    shift = tl.load(affine + channels + channel, mask=channel < channels, other=0.0)
+def load_affine(affine, channel, channels, affine_c):
+    """Gain and shift of one image's channels, in float32, as rows."""
+    gain = tl.load(affine + channel * affine_c, mask=channel < channels, other=0.0)
+    channel += channels
+    shift = tl.load(affine + channel * affine_c, mask=channel < 2 * channels, other=0.0)
     return gain.to(tl.float32)[None, :], shift.to(tl.float32)[None, :]
 
 
@@ -73,7 +74,7 @@ def pointwise_forward_kernel(
     residual,  # (N, D or more, H / RATIO, W / RATIO) or None
     y,  # out: (N, D, H W)
     channels, outputs, width, positions,
-    affine_n,
+    affine_n, affine_c,
     weight_d, weight_c,
     x_n, x_c, x_p,
     residual_n, residual_c, residual_h, residual_w,
@@ -96,9 +97,9 @@ def pointwise_forward_kernel(
     for start in range(0, channels, BLOCK_C):
         channel = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
         value = load_tile(x, position, channel, positions, channels, x_p, x_c)
-        gain, shift = gain_and_shift(affine, channel, channels)
+        gain, shift = load_affine(affine, channel, channels, affine_c)
         w = load_tile(weight, channel, output, channels, outputs, weight_c, weight_d)
-        total = multiply(activate(value, gain, shift), w.to(value.dtype), total)
+        total = add_product(activate(value, gain, shift), w.to(value.dtype), total)
 
     inside = (pixel < positions)[:, None] & (output < outputs)[None, :]
     if residual is not None:
@@ -121,7 +122,7 @@ def pointwise_input_kernel(
     grad_x,  # out: (N, C, H W)
     partial,  # out: float32 (shares, N, 2 C), sums for the gradient of affine
     channels, outputs, positions, images,
-    affine_n,
+    affine_n, affine_c,
     weight_d, weight_c,
     x_n, x_c, x_p,
     grad_n, grad_c, grad_p,
@@ -142,9 +143,9 @@ def pointwise_input_kernel(
         output = (start + tl.arange(0, BLOCK_D)).to(tl.int64)
         part = load_tile(grad, position, output, positions, outputs, grad_p, grad_c)
         w = load_tile(weight, output, channel, outputs, channels, weight_d, weight_c)
-        g = multiply(part, w.to(part.dtype), g)
+        g = add_product(part, w.to(part.dtype), g)
 
-    gain, shift = gain_and_shift(affine + image * affine_n, channel, channels)
+    gain, shift = load_affine(affine + image * affine_n, channel, channels, affine_c)
     value = load_tile(x + image * x_n, position, channel, positions, channels, x_p, x_c)
     value = value.to(tl.float32)
     g = tl.where(value * gain + shift <= 0, 0.0, g)
@@ -169,7 +170,7 @@ def pointwise_weight_kernel(
     partial,  # out: float32 (shares, D, C), sums for the gradient of weight
     channels, outputs, positions,
     tiles, loops,  # tiles of positions of all images, and of a share
-    affine_n,
+    affine_n, affine_c,
     x_n, x_c, x_p,
     grad_n, grad_c, grad_p,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -185,10 +186,10 @@ def pointwise_weight_kernel(
     for tile in range(share * loops, tl.minimum((share + 1) * loops, tiles)):
         image = (tile // image_tiles).to(tl.int64)
         position = (tile % image_tiles * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
-        gain, shift = gain_and_shift(affine + image * affine_n, channel, channels)
+        gain, shift = load_affine(affine + image * affine_n, channel, channels, affine_c)
         value = load_tile(x + image * x_n, position, channel, positions, channels, x_p, x_c)
         g = load_tile(grad + image * grad_n, position, output, positions, outputs, grad_p, grad_c)
-        total = multiply(tl.trans(g), activate(value, gain, shift).to(g.dtype), total)
+        total = add_product(tl.trans(g), activate(value, gain, shift).to(g.dtype), total)
 
     place = (share.to(tl.int64) * outputs + output[:, None]) * channels + channel[None, :]
     inside = (output < outputs)[:, None] & (channel < channels)[None, :]
@@ -232,19 +233,12 @@ def on_device(x):
     return torch.cuda.device(x.device if x.is_cuda else -1)
 
 
-def unfilled(like, *shape):
+def output_like(like, *shape):
     """Return a tensor of this shape that is not filled: channels last if `like` is."""
     memory_format = torch.contiguous_format
     if like.stride(1) == 1 and like.shape[1] > 1:
         memory_format = torch.channels_last
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
-
-
-def dense_rows(affine):
-    """Gains and shifts (N, 2 C) with those of an image side by side: the columns of a larger tensor
-    are taken as they are.
-    """
-    return affine if affine.stride(1) == 1 else affine.contiguous()
 
 
 def block_size(size, most):
@@ -262,7 +256,7 @@ Tensor = torch.Tensor
 
 def unfilled_outputs(x, affine, weight, residual):
     """Return the output of pointwise_forward, not filled."""
-    return unfilled(x, len(x), len(weight), *x.shape[2:])
+    return output_like(x, len(x), len(weight), *x.shape[2:])
 
 
 @torch.library.custom_op("cgn::pointwise_forward", mutates_args=())
@@ -282,7 +276,6 @@ def pointwise_forward(
     block_c = block_size(channels, 64 if half else 32)
     block_d = block_size(outputs, 128 if half else 64)
     tiles = triton.cdiv(height * width, block_p)
-    affine = dense_rows(affine)
     flat_x = x.flatten(2)
     flat_y = y.flatten(2)  # a view
     ratio = 1 if residual is None else height // residual.shape[2]
@@ -290,7 +283,7 @@ def pointwise_forward(
         pointwise_forward_kernel[tiles * triton.cdiv(outputs, block_d), n](
             flat_x, affine, weight, residual, flat_y,
             channels, outputs, width, height * width,
-            affine.stride(0),
+            *affine.stride(),
             *weight.stride(),
             *flat_x.stride(),
             *strides_or_zeros(residual, 4),
@@ -304,11 +297,11 @@ def pointwise_forward(
 pointwise_forward.register_fake(unfilled_outputs)
 
 
-def unfilled_gradients(x, affine, weight, grad, other):
+def unfilled_results(x, affine, weight, grad, other):
     """Return the gradients of x, affine and weight, not filled."""
     dense = torch.contiguous_format
     grad_affine = torch.empty_like(affine, memory_format=dense)
-    return unfilled(x, *x.shape), grad_affine, torch.empty_like(weight, memory_format=dense)
+    return output_like(x, *x.shape), grad_affine, torch.empty_like(weight, memory_format=dense)
 
 
 @torch.library.custom_op("cgn::pointwise_backward", mutates_args=())
@@ -316,17 +309,16 @@ def pointwise_backward(
     x: Tensor, affine: Tensor, weight: Tensor, grad: Tensor, other: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of x, to which `other` is added, affine and weight."""
-    affine = dense_rows(affine)
     grad_x, grad_affine = input_gradients(x, affine, weight, grad, other)
     return grad_x, grad_affine, weight_gradient(x, affine, grad).to(weight.dtype)
 
 
-pointwise_backward.register_fake(unfilled_gradients)
+pointwise_backward.register_fake(unfilled_results)
 
 
 def input_gradients(x, affine, weight, grad, other):
     """Return the gradients of x, to which `other` is added, and affine."""
-    grad_x = unfilled(x, *x.shape)
+    grad_x = output_like(x, *x.shape)
     n, channels, height, width = x.shape
     outputs = len(weight)
     positions = height * width
@@ -344,7 +336,7 @@ def input_gradients(x, affine, weight, grad, other):
         pointwise_input_kernel[shares * triton.cdiv(channels, block_c), n](
             flat_x, affine, weight, flat_grad, flat_other, flat_out, partial,
             channels, outputs, positions, n,
-            affine.stride(0),
+            *affine.stride(),
             *weight.stride(),
             *flat_x.stride(),
             *flat_grad.stride(),
@@ -379,7 +371,7 @@ def weight_gradient(x, affine, grad):
             flat_x, affine, flat_grad, partial,
             channels, outputs, positions,
             tiles, loops,
-            affine.stride(0),
+            *affine.stride(),
             *flat_x.stride(),
             *flat_grad.stride(),
             BLOCK_P=block_p, BLOCK_C=block_c, BLOCK_D=block_d, num_warps=8,
@@ -390,7 +382,7 @@ def weight_gradient(x, affine, grad):
 def unfilled_small_gradient(grad, channels):
     """Return the output of sum_of_four, not filled."""
     n, _, height, width = grad.shape
-    return unfilled(grad, n, channels, height // 2, width // 2)
+    return output_like(grad, n, channels, height // 2, width // 2)
 
 
 @torch.library.custom_op("cgn::sum_of_four", mutates_args=())

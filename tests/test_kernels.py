@@ -643,7 +643,11 @@ def convolution_run(inputs, dtype, layout, backend, uses=2):
     leaves = []
     for x in inputs:
         x = x.to(dtype)
-        leaves.append(laid_out(x, layout) if x.dim() == 4 else x.clone().requires_grad_())
+        if x.dim() == 4:
+            x = laid_out(x, layout)
+        else:  # columns of a larger tensor, as in BigGAN
+            x = torch.cat([x, x], 1)[:, : x.shape[1]].detach().requires_grad_()
+        leaves.append(x)
     y, x = affine_convolution(*leaves, backend=backend)
     assert torch.equal(x, leaves[0])
     seeded = torch.Generator().manual_seed(1)

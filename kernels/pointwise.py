@@ -6,10 +6,10 @@ kernels.
 gain and shift: a number for each image and channel. The residual may have more channels than y, of
 which the last ones are left out, and half the size, enlarged to nearest neighbors.
 
-Such a convolution has few multiplications for the memory that it moves: of a block of BigGAN-deep,
-this moves x once and y once, where norm, convolution and sum of their own move x three times and y
-four times. The activations between are never in memory. Backward finds them out again from x, and
-adds to x's gradient the one that comes from x's other use, the residual connection.
+Such a convolution has few multiplications for the memory that it moves. These kernels read x and
+the residual and write y; norm, convolution and sum of their own move x and y three times each. The
+activations between are never in memory: backward finds them out again from x. It also adds to x's
+gradient the one that comes from x's other use, the residual connection.
 
 Sums are float32 in a fixed order, so that every run gives the same bits. Any sizes and strides;
 float32, float16 and bfloat16. This file needs only torch and triton and can be copied alone.

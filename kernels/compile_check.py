@@ -106,7 +106,7 @@ def record_launches(every_config, **settings):
 
 def call_every_kernel(dtype, channels_last=False, n=2, size=256, channels=(64, 128, 256, 512)):
     """Call every kernel as a training step with n images of size x size calls it."""
-    composite_step(dtype, n, size)
+    composite_step(dtype, channels_last, n, size)
     for index, count in enumerate(channels):
         side = max(1, size >> index)
         features = torch.empty(n, count, side, side, dtype=dtype)
@@ -124,15 +124,19 @@ def call_every_kernel(dtype, channels_last=False, n=2, size=256, channels=(64, 1
     patches.gather_patches(image, corners, 15, 6)
 
 
-def composite_step(dtype, n, size):
+def composite_step(dtype, channels_last, n, size):
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    images = torch.empty(3, n, 3, size, size, dtype=dtype)
+    foreground, background, target = (x.to(memory_format=layout) for x in images)
     mask = torch.empty(n, 1, size, size, dtype=dtype, requires_grad=True)
-    foreground = torch.empty(n, 3, size, size, dtype=dtype, requires_grad=True)
-    background = torch.empty(n, 3, size, size, dtype=dtype, requires_grad=True)
-    target = torch.empty(n, 3, size, size)
     outputs = composite.fused_composite_losses(
-        mask, foreground, background, target, copy_dtype=dtype
+        mask,
+        foreground.requires_grad_(),
+        background.requires_grad_(),
+        target.float(),
+        copy_dtype=dtype,
     )
-    torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
+    torch.autograd.backward(outputs, [torch.empty_like(x) for x in outputs])
 
 
 def style_step(features, target):

@@ -25,6 +25,10 @@ BLOCK = 1024  # pixels of a program
 # Kernels. A name such as mask_n, mask_c, mask_p is the stride of `mask` from one image, channel or
 # pixel to the next, in elements. A program works on BLOCK pixels of one image; `splits` programs
 # share an image.
+#
+# What is done to an element of an image does not depend on its channel. So a program takes its
+# 3 * BLOCK elements in three parts: where all images are channels last without gaps (PACKED), in
+# the order of memory, which makes loads and stores wide; else, channel by channel.
 
 
 @triton.jit
@@ -44,6 +48,46 @@ def cut(m):
 
 
 @triton.jit
+def pixels_of_part(first, pixels, part, BLOCK: tl.constexpr, PACKED: tl.constexpr):
+    """To which pixels the elements of a part belong, and which of them there are."""
+    element = tl.arange(0, BLOCK)
+    if PACKED:
+        element += part * BLOCK
+        pixel = first + element // 3
+        inside = element < 3 * (pixels - first)  # the same for neighbors: loads can be wide
+    else:
+        pixel = first + element
+        inside = pixel < pixels
+    return pixel, inside
+
+
+@triton.jit
+def image_place(x, first, pixel, part, x_c, x_p, PACKED: tl.constexpr):
+    """Where the elements of a part are in an image x, (3, H W)."""
+    if PACKED:
+        block: tl.constexpr = pixel.shape[0]
+        offset = 3 * first + part * block + tl.arange(0, block)
+    else:
+        channel = part + 0 * first  # in 64 bits, as `first` is
+        offset = pixel * x_p + channel * x_c
+    return x + offset
+
+
+@triton.jit
+def sum_of_channels(part_0, part_1, part_2, BLOCK: tl.constexpr):
+    """For each pixel, the sum of its three elements, which lie in three packed parts."""
+    even = tl.join(part_0, part_2)
+    odd = tl.join(part_1, tl.zeros_like(part_1))
+    elements = tl.reshape(tl.join(even, odd), [4 * BLOCK])  # four beside each other, one of a part
+    first = 3 * tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for channel in tl.static_range(3):
+        element = first + channel
+        total += tl.gather(elements, element % BLOCK * 4 + element // BLOCK, 0)
+    return total
+
+
+@triton.jit
 def forward_kernel(
     mask,  # (N, 1, H W)
     foreground, background,  # (N, 3, H W)
@@ -57,7 +101,7 @@ def forward_kernel(
     background_n, background_c, background_p,
     target_n, target_c, target_p,
     composite_n, composite_c, composite_p,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Write the composite and, for each program, three sums over its pixels.
 
@@ -66,37 +110,41 @@ def forward_kernel(
     program = tl.program_id(0).to(tl.int64)
     programs = tl.num_programs(0).to(tl.int64)
     image = program // splits
-    split = program % splits
-    pixel = split * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < pixels
+    first = program % splits * BLOCK
+    mask += image * mask_n
+    foreground += image * foreground_n
+    background += image * background_n
+    composite += image * composite_n
 
-    m = tl.load(mask + image * mask_n + pixel * mask_p, mask=inside, other=0.0).to(tl.float32)
+    pixel = first + tl.arange(0, BLOCK)
+    m = tl.load(mask + pixel * mask_p, mask=pixel < pixels, other=0.0).to(tl.float32)
     q = cut(m)
-    entropy = tl.where(inside, -q * tl.log2(q) - (1 - q) * tl.log2(1 - q), 0.0)
+    entropy = tl.where(pixel < pixels, -q * tl.log2(q) - (1 - q) * tl.log2(1 - q), 0.0)
+    mask_sum = tl.sum(m)
     error = tl.zeros([BLOCK], tl.float32)
 
-    foreground += image * foreground_n + pixel * foreground_p
-    background += image * background_n + pixel * background_p
-    composite += image * composite_n + pixel * composite_p
-    for c in tl.static_range(3):
-        f = tl.load(foreground, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(background, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(3):
+        pixel, inside = pixels_of_part(first, pixels, part, BLOCK, PACKED)
+        if PACKED:
+            m = tl.load(mask + pixel * mask_p, mask=inside, other=0.0).to(tl.float32)
+        place = image_place(foreground, first, pixel, part, foreground_c, foreground_p, PACKED)
+        f = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        place = image_place(background, first, pixel, part, background_c, background_p, PACKED)
+        b = tl.load(place, mask=inside, other=0.0).to(tl.float32)
         x = blend(f, b, m)
-        tl.store(composite, x, mask=inside)
+        place = image_place(composite, first, pixel, part, composite_c, composite_p, PACKED)
+        tl.store(place, x, mask=inside)
         if copy is not None:
-            tl.store(copy + (image * pixels + pixel) * 3 + c, x, mask=inside)
+            place = image_place(copy + image * pixels * 3, first, pixel, part, 1, 3, PACKED)
+            tl.store(place, x, mask=inside)
         if target is not None:
-            t = tl.load(target + image * target_n + pixel * target_p, mask=inside, other=0.0)
-            error += tl.abs(x - t.to(tl.float32))
-            target += target_c
-        # On to the next channel: adding to the pointer keeps the offset in 64 bits.
-        foreground += foreground_c
-        background += background_c
-        composite += composite_c
+            place = target + image * target_n
+            place = image_place(place, first, pixel, part, target_c, target_p, PACKED)
+            error += tl.abs(x - tl.load(place, mask=inside, other=0.0).to(tl.float32))
 
     tl.store(partial + program, tl.sum(error))
     tl.store(partial + programs + program, tl.sum(entropy))
-    tl.store(partial + 2 * programs + program, tl.sum(m))
+    tl.store(partial + 2 * programs + program, mask_sum)
 
 
 @triton.jit
@@ -178,59 +226,72 @@ def backward_kernel(
     mask_out_n, mask_out_p,
     foreground_out_n, foreground_out_c, foreground_out_p,
     background_out_n, background_out_c, background_out_p,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of mask, foreground and background from those of all outputs."""
     program = tl.program_id(0).to(tl.int64)
     image = program // splits
-    split = program % splits
+    first = program % splits * BLOCK
     count = 1.0 * images * pixels
     level = mask_level(grad_mean, grad_interval, mask_mean, image, images, pixels, low, high)
-    pixel = split * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < pixels
+    mask += image * mask_n
+    foreground += image * foreground_n
+    background += image * background_n
 
-    m = tl.load(mask + image * mask_n + pixel * mask_p, mask=inside, other=0.5).to(tl.float32)
+    own_pixel = first + tl.arange(0, BLOCK)
+    m = tl.load(mask + own_pixel * mask_p, mask=own_pixel < pixels, other=0.5).to(tl.float32)
     dm = tl.zeros([BLOCK], tl.float32) + level
     if grad_binary is not None:
         q = cut(m)
         slope = tl.where((m < TINY) | (m > 1 - TINY), 0.0, tl.log2(1 - q) - tl.log2(q))
         dm += tl.load(grad_binary).to(tl.float32) / count * slope
 
-    foreground += image * foreground_n + pixel * foreground_p
-    background += image * background_n + pixel * background_p
-    for c in tl.static_range(3):
-        f = tl.load(foreground, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(background, mask=inside, other=0.0).to(tl.float32)
+    products = ()  # of each part, dx * (f - b)
+    for part in tl.static_range(3):
+        pixel, inside = pixels_of_part(first, pixels, part, BLOCK, PACKED)
+        if PACKED:
+            m = tl.load(mask + pixel * mask_p, mask=inside, other=0.5).to(tl.float32)
+        place = image_place(foreground, first, pixel, part, foreground_c, foreground_p, PACKED)
+        f = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        place = image_place(background, first, pixel, part, background_c, background_p, PACKED)
+        b = tl.load(place, mask=inside, other=0.0).to(tl.float32)
 
         dx = tl.zeros([BLOCK], tl.float32)  # the gradient of the composite
         if grad is not None:
-            g = tl.load(grad + image * grad_n + pixel * grad_p, mask=inside, other=0.0)
-            dx += g.to(tl.float32)
-            grad += grad_c
+            place = image_place(grad + image * grad_n, first, pixel, part, grad_c, grad_p, PACKED)
+            dx += tl.load(place, mask=inside, other=0.0).to(tl.float32)
         if grad_copy is not None:
-            g = tl.load(grad_copy + image * copy_n + pixel * copy_p, mask=inside, other=0.0)
-            dx += g.to(tl.float32)
-            grad_copy += copy_c
+            place = grad_copy + image * copy_n
+            place = image_place(place, first, pixel, part, copy_c, copy_p, PACKED)
+            dx += tl.load(place, mask=inside, other=0.0).to(tl.float32)
         if grad_l1 is not None:
-            t = tl.load(target + image * target_n + pixel * target_p, mask=inside, other=0.0)
-            error = blend(f, b, m) - t.to(tl.float32)
+            place = target + image * target_n
+            place = image_place(place, first, pixel, part, target_c, target_p, PACKED)
+            error = blend(f, b, m) - tl.load(place, mask=inside, other=0.0).to(tl.float32)
             sign = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, error))  # 0 and NaN stay
             dx += tl.load(grad_l1).to(tl.float32) / (3 * count) * sign
-            target += target_c
 
-        dm += dx * (f - b)
+        products = products + (dx * (f - b),)
         if foreground_out is not None:
-            place = foreground_out + image * foreground_out_n + pixel * foreground_out_p
+            place = foreground_out + image * foreground_out_n
+            place = image_place(
+                place, first, pixel, part, foreground_out_c, foreground_out_p, PACKED
+            )
             tl.store(place, dx * m, mask=inside)
-            foreground_out += foreground_out_c
         if background_out is not None:
-            place = background_out + image * background_out_n + pixel * background_out_p
+            place = background_out + image * background_out_n
+            place = image_place(
+                place, first, pixel, part, background_out_c, background_out_p, PACKED
+            )
             tl.store(place, dx * (1 - m), mask=inside)
-            background_out += background_out_c
-        foreground += foreground_c
-        background += background_c
+
     if mask_out is not None:
-        tl.store(mask_out + image * mask_out_n + pixel * mask_out_p, dm, mask=inside)
+        if PACKED:
+            dm += sum_of_channels(products[0], products[1], products[2], BLOCK)
+        else:
+            dm += products[0] + products[1] + products[2]
+        place = mask_out + image * mask_out_n + own_pixel * mask_out_p
+        tl.store(place, dm, mask=own_pixel < pixels)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,6 +329,12 @@ def mask_strides(x):
     return (0, 0) if x is None else (x.stride(0), x.stride(2))
 
 
+def all_packed(*images):
+    """Whether all images (N, 3, H, W) are channels last without gaps; None is not asked."""
+    images = [x for x in images if x is not None]
+    return all(x.is_contiguous(memory_format=torch.channels_last) for x in images)
+
+
 def count_splits(x):
     """Pixels of an image, and programs that share it."""
     pixels = x.shape[2] * x.shape[3]
@@ -280,6 +347,7 @@ def launch_forward(mask, foreground, background, target, low, high, outputs):
     images = len(mask)
     pixels, splits = count_splits(mask)
     partial = binary.new_empty(3, images, splits)
+    packed = all_packed(foreground, background, target, composite)
     mask = flatten_pixels(mask)
     foreground = flatten_pixels(foreground)
     background = flatten_pixels(background)
@@ -295,7 +363,7 @@ def launch_forward(mask, foreground, background, target, low, high, outputs):
             *image_strides(background),
             *image_strides(target),
             *image_strides(composite),
-            BLOCK=BLOCK, num_warps=8,
+            BLOCK=BLOCK, PACKED=packed, num_warps=8,
         )  # fmt: skip
         columns = min(triton.next_power_of_2(splits), 64)
         rows = min(triton.next_power_of_2(images), 2048 // columns)
@@ -311,6 +379,7 @@ def launch_backward(mask, foreground, background, target, mask_mean, grads, low,
     """Fill the outputs of composite_backward; the unwanted ones are None."""
     images = len(mask)
     pixels, splits = count_splits(mask)
+    packed = all_packed(foreground, background, target, *grads[:2], *outputs[1:])
     mask = flatten_pixels(mask)
     foreground = flatten_pixels(foreground)
     background = flatten_pixels(background)
@@ -335,7 +404,7 @@ def launch_backward(mask, foreground, background, target, mask_mean, grads, low,
             *mask_strides(mask_out),
             *image_strides(foreground_out),
             *image_strides(background_out),
-            BLOCK=BLOCK, num_warps=8,
+            BLOCK=BLOCK, PACKED=packed, num_warps=8,
         )  # fmt: skip
 
 

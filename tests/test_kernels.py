@@ -998,20 +998,23 @@ def moved(monkeypatch):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts what a kernel moves")
-def test_composite_moves_13_elements_per_pixel_and_20_back(moved):
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_composite_moves_13_elements_per_pixel_and_20_back(moved, layout):
     n = 2
     side = 64
-    *leaves, target = float_inputs(n, side, side)
-    leaves = [x.requires_grad_() for x in leaves]
+    leaves = [laid_out(x, layout) for x in float_inputs(n, side, side)]
+    target = leaves.pop().detach()
     losses = composite_losses(*leaves, target, backend="triton")
     forward = sum(moved)
     moved.clear()
-    gradients = output_gradients(n, side, side)
-    torch.autograd.backward(list(losses), gradients[:5])
+    gradient, *others = output_gradients(n, side, side)
+    torch.autograd.backward(list(losses), [laid_out(gradient, layout), *others[:4]])
     pixels = n * side * side
     partial = 3 * pixels // eager.composite.BLOCK
-    assert forward == 13 * pixels + partial + n  # the sums of each program, and the mean masks
-    assert sum(moved) == 20 * pixels
+    cached = 3 * pixels if layout == "channels last" else 0  # the mask, once more for each channel
+    # The sums of each program, and the mean masks.
+    assert forward == 13 * pixels + cached + partial + n
+    assert sum(moved) == 20 * pixels + cached
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts what a kernel moves")

@@ -241,12 +241,13 @@ def patches_case(n, size, dtype, device):
     )
 
 
-def affine_eager(x, gain_and_shift):
-    return (affine_relu(x, gain_and_shift, backend="eager"),)
-
-
-def affine_triton(x, gain_and_shift):
-    return (affine_relu(x, gain_and_shift, backend="triton"),)
+def both_backends(function, *args):
+    """The variants of a function of tensors and a backend."""
+    variants = {}
+    for backend in ("eager", "triton"):
+        call = functools.partial(function, backend=backend)
+        variants[backend] = lambda *inputs, call=call: (call(*inputs, *args),)
+    return variants
 
 
 def affine_inputs(n, channels, side, dtype, device):
@@ -261,17 +262,14 @@ def affine_case(n, channels, side, dtype, device):
         shape=f"{n} x {channels} x {side}^2",
         dtype=dtype,
         make_inputs=functools.partial(affine_inputs, n, channels, side, dtype, device),
-        variants={"eager": affine_eager, "triton": affine_triton},
+        variants=both_backends(affine_relu),
         triton_bytes=(2 * elements, 3 * elements),
     )
 
 
-def pointwise_eager(*inputs):
-    return affine_convolution(*inputs, backend="eager")[:1]
-
-
-def pointwise_triton(*inputs):
-    return affine_convolution(*inputs, backend="triton")[:1]
+def convolved(*inputs, backend):
+    """affine_convolution's first result; the second is its input."""
+    return affine_convolution(*inputs, backend=backend)[0]
 
 
 def pointwise_cases(n, size, dtype, device):
@@ -295,19 +293,10 @@ def pointwise_cases(n, size, dtype, device):
             shape=f"{name} {n} x {channels} x {side}^2 to {outputs}",
             dtype=dtype,
             make_inputs=functools.partial(random_leaves, shapes + residual, dtype, device),
-            variants={"eager": pointwise_eager, "triton": pointwise_triton},
+            variants=both_backends(convolved),
             triton_bytes=(forward * dtype.itemsize, backward * dtype.itemsize),
             flops=(2 * x * outputs, 4 * x * outputs),
         )
-
-
-def both_backends(function, *args):
-    """The variants of a function of tensors and a backend."""
-    variants = {}
-    for backend in ("eager", "triton"):
-        call = functools.partial(function, backend=backend)
-        variants[backend] = lambda *inputs, call=call: (call(*inputs, *args),)
-    return variants
 
 
 def random_leaves(shapes, dtype, device):

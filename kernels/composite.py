@@ -74,6 +74,13 @@ def image_place(x, first, pixel, part, x_c, x_p, PACKED: tl.constexpr):
 
 
 @triton.jit
+def load_part(x, first, pixel, inside, part, x_c, x_p, PACKED: tl.constexpr):
+    """The elements of a part of an image x, in float32."""
+    place = image_place(x, first, pixel, part, x_c, x_p, PACKED)
+    return tl.load(place, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def sum_of_channels(part_0, part_1, part_2, BLOCK: tl.constexpr):
     """For each pixel, the sum of its three elements, which lie in three packed parts."""
     even = tl.join(part_0, part_2)
@@ -115,6 +122,10 @@ def forward_kernel(
     foreground += image * foreground_n
     background += image * background_n
     composite += image * composite_n
+    if copy is not None:
+        copy += image * pixels * 3
+    if target is not None:
+        target += image * target_n
 
     pixel = first + tl.arange(0, BLOCK)
     m = tl.load(mask + pixel * mask_p, mask=pixel < pixels, other=0.0).to(tl.float32)
@@ -127,20 +138,17 @@ def forward_kernel(
         pixel, inside = pixels_of_part(first, pixels, part, BLOCK, PACKED)
         if PACKED:
             m = tl.load(mask + pixel * mask_p, mask=inside, other=0.0).to(tl.float32)
-        place = image_place(foreground, first, pixel, part, foreground_c, foreground_p, PACKED)
-        f = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        place = image_place(background, first, pixel, part, background_c, background_p, PACKED)
-        b = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        f = load_part(foreground, first, pixel, inside, part, foreground_c, foreground_p, PACKED)
+        b = load_part(background, first, pixel, inside, part, background_c, background_p, PACKED)
         x = blend(f, b, m)
         place = image_place(composite, first, pixel, part, composite_c, composite_p, PACKED)
         tl.store(place, x, mask=inside)
         if copy is not None:
-            place = image_place(copy + image * pixels * 3, first, pixel, part, 1, 3, PACKED)
+            place = image_place(copy, first, pixel, part, 1, 3, PACKED)
             tl.store(place, x, mask=inside)
         if target is not None:
-            place = target + image * target_n
-            place = image_place(place, first, pixel, part, target_c, target_p, PACKED)
-            error += tl.abs(x - tl.load(place, mask=inside, other=0.0).to(tl.float32))
+            t = load_part(target, first, pixel, inside, part, target_c, target_p, PACKED)
+            error += tl.abs(x - t)
 
     tl.store(partial + program, tl.sum(error))
     tl.store(partial + programs + program, tl.sum(entropy))
@@ -251,38 +259,31 @@ def backward_kernel(
         pixel, inside = pixels_of_part(first, pixels, part, BLOCK, PACKED)
         if PACKED:
             m = tl.load(mask + pixel * mask_p, mask=inside, other=0.5).to(tl.float32)
-        place = image_place(foreground, first, pixel, part, foreground_c, foreground_p, PACKED)
-        f = tl.load(place, mask=inside, other=0.0).to(tl.float32)
-        place = image_place(background, first, pixel, part, background_c, background_p, PACKED)
-        b = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+        f = load_part(foreground, first, pixel, inside, part, foreground_c, foreground_p, PACKED)
+        b = load_part(background, first, pixel, inside, part, background_c, background_p, PACKED)
 
         dx = tl.zeros([BLOCK], tl.float32)  # the gradient of the composite
         if grad is not None:
-            place = image_place(grad + image * grad_n, first, pixel, part, grad_c, grad_p, PACKED)
-            dx += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            x = grad + image * grad_n
+            dx += load_part(x, first, pixel, inside, part, grad_c, grad_p, PACKED)
         if grad_copy is not None:
-            place = grad_copy + image * copy_n
-            place = image_place(place, first, pixel, part, copy_c, copy_p, PACKED)
-            dx += tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            x = grad_copy + image * copy_n
+            dx += load_part(x, first, pixel, inside, part, copy_c, copy_p, PACKED)
         if grad_l1 is not None:
-            place = target + image * target_n
-            place = image_place(place, first, pixel, part, target_c, target_p, PACKED)
-            error = blend(f, b, m) - tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            x = target + image * target_n
+            t = load_part(x, first, pixel, inside, part, target_c, target_p, PACKED)
+            error = blend(f, b, m) - t
             sign = tl.where(error > 0, 1.0, tl.where(error < 0, -1.0, error))  # 0 and NaN stay
             dx += tl.load(grad_l1).to(tl.float32) / (3 * count) * sign
 
         products = products + (dx * (f - b),)
         if foreground_out is not None:
-            place = foreground_out + image * foreground_out_n
-            place = image_place(
-                place, first, pixel, part, foreground_out_c, foreground_out_p, PACKED
-            )
+            x = foreground_out + image * foreground_out_n
+            place = image_place(x, first, pixel, part, foreground_out_c, foreground_out_p, PACKED)
             tl.store(place, dx * m, mask=inside)
         if background_out is not None:
-            place = background_out + image * background_out_n
-            place = image_place(
-                place, first, pixel, part, background_out_c, background_out_p, PACKED
-            )
+            x = background_out + image * background_out_n
+            place = image_place(x, first, pixel, part, background_out_c, background_out_p, PACKED)
             tl.store(place, dx * (1 - m), mask=inside)
 
     if mask_out is not None:

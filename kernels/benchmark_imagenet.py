@@ -102,6 +102,17 @@ def plain_block(block, x, condition, level):
     return h + skip
 
 
+def plain_attention(attention, x):
+    """SelfAttention.forward with a convolution for each of theta, phi and g."""
+    size = x.shape[2:]
+    query = attention.snconv1x1_theta(x).flatten(2)  # (N, C / 8, H W)
+    key = F.max_pool2d(attention.snconv1x1_phi(x), 2).flatten(2)  # (N, C / 8, H W / 4)
+    value = F.max_pool2d(attention.snconv1x1_g(x), 2).flatten(2)  # (N, C / 2, H W / 4)
+    shares = torch.bmm(query.transpose(1, 2), key).softmax(2)  # (N, H W, H W / 4)
+    seen = torch.bmm(value, shares.transpose(1, 2)).unflatten(2, size)
+    return x + attention.gamma * attention.snconv1x1_o_conv(seen)
+
+
 def plain_biggan(biggan, z, y, level):
     """BigGAN.forward as published; from CHEAPER_CONVOLUTIONS on with these."""
     generator = biggan.generator
@@ -111,8 +122,8 @@ def plain_biggan(biggan, z, y, level):
     for layer in generator.layers:
         if isinstance(layer, train_cgn.GenBlock):
             h = plain_block(layer, h, condition, level)
-        else:  # adds biases that our blocks leave out, and plain ones do not
-            h = layer(h - layer.missing[:, None, None], None)
+        else:
+            h = plain_attention(layer, h)
     h = plain_norm(generator.bn, h, condition)
     rgb = generator.conv_to_rgb
     if level < CHEAPER_CONVOLUTIONS:

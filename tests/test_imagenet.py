@@ -33,7 +33,7 @@ import train_cgn
 from data import imagenet, runs
 from data.pretrained.scenes import draw_scenes
 from data.weights import U2Net
-from kernels import layers
+from kernels import benchmark_imagenet, layers
 from train_cgn import SMALL, BigGAN, ImageNetCGN, derive, fold, truncated_normal
 
 
@@ -62,6 +62,34 @@ def test_biggan_reproduces_published_outputs_also_folded(file):
             close(biggan(z, biggan.class_vectors(y)), images)
     names = folded.state_dict()
     assert not any("weight_orig" in name or "running" in name for name in names)
+
+
+def test_plain_form_of_the_benchmark_draws_the_same_images():
+    """Biases and gamma are not zero: the plain form adds them where they stand, ours elsewhere."""
+    torch.manual_seed(7)
+    biggan = BigGAN(**SMALL).eval()
+    with torch.no_grad():
+        for name, parameter in biggan.named_parameters():
+            if name.endswith(("bias", "gamma")):
+                parameter.normal_()
+    plain = copy.deepcopy(biggan)
+    for layer in plain.modules():
+        if isinstance(layer, layers.UpsampleConv2d):
+            layer.__class__ = torch.nn.Conv2d
+    z = torch.randn(2, 32)
+    y = torch.tensor([3, 7])
+    for network in (biggan, plain):
+        layers.power_iteration(network)
+        derive(network, benchmark_imagenet.TRUNCATION)
+    with torch.no_grad():
+        images = biggan(z, y)
+        first = benchmark_imagenet.plain_biggan(plain, z, y, level=0)
+        cheaper = benchmark_imagenet.plain_biggan(
+            biggan, z, y, level=benchmark_imagenet.CHEAPER_CONVOLUTIONS
+        )
+    assert 0.1 < images.std() < 0.9
+    close(first, images)
+    close(cheaper, images)
 
 
 @pytest.fixture(scope="module")

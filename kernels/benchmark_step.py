@@ -103,7 +103,7 @@ def make_state(level, batch_size):
             discriminator.parameters(), 2e-4, betas, fused=True
         ),
         x_gt=torch.rand(batch_size, 3, mnist.SIZE, mnist.SIZE) * 2 - 1,
-        y=torch.randint(train_cgn.CLASSES, (batch_size,)),
+        y=torch.randint(len(mnist.NAMES), (batch_size,)),
         z=torch.randn(batch_size, train_cgn.LATENT),
         offsets=torch.randint(mnist.SIZE, (2, batch_size, 2)),
     )

@@ -3,14 +3,16 @@
 import ast
 import graphlib
 import importlib
+import re
 import signal
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run
 
-from kernels import gpu_check
+from kernels import benchmark_step, gpu_check
 
 SCRIPTS = {"train_cgn", "generate", "train_classifier"}
 PROGRAM_FILES = (
@@ -67,6 +69,12 @@ def test_program_refuses_unknown_and_abbreviated_flags(program):
     assert "error: unrecognized arguments: --unknown --hel" in error
 
 
+def test_benchmark_of_a_digits_step_times_every_level():
+    output = run("kernels/benchmark_step.py", "--rounds", 1, "--batch-size", 2).stdout
+    times = re.findall(r"^(.+?) +[\d.]+ ms +\d+ %$", output, re.MULTILINE)
+    assert times == ["plain", *(f"+ {name}" for name in list(benchmark_step.LEVELS.values())[1:])]
+
+
 @pytest.mark.parametrize("small", [False, True])
 def test_commands_for_a_gpu_are_taken_by_their_programs(small, tmp_path, monkeypatch):
     """The hour on a GPU is no time to find a flag renamed."""
@@ -96,7 +104,18 @@ def test_the_report_of_a_gpu_check(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# Imports
+# Names and imports
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=str)
+def test_program_uses_names_that_exist(path):
+    """No linter sees that another file has renamed a function: `train_cgn.derive`."""
+    program = importlib.import_module(module_name(path))
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = getattr(program, node.value.id, None)
+            if isinstance(module, types.ModuleType):
+                assert hasattr(module, node.attr), f"{path}:{node.lineno}: {ast.unparse(node)}"
 
 
 def module_name(path):

@@ -65,6 +65,8 @@ TRAINING = {
 }
 TASKS = {"generation": GENERATION, "training": TRAINING}
 TRUNCATION = 0.5
+# Without instructions for bf16 a CPU emulates it, in hours: its level is left out there.
+HAS_BF16 = runs.pick_bf16("auto", torch.device("cpu"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -138,6 +140,11 @@ def run_biggan(biggan, z, y, level):
     return biggan(z, y)
 
 
+def in_bf16(level):
+    """Whether a level computes in bf16."""
+    return HAS_BF16 and level >= BF16
+
+
 def random_cgn(level):
     """The networks at full size, with random weights that keep activations finite."""
     torch.manual_seed(0)
@@ -170,7 +177,7 @@ def make_generation(level):
     z = torch.randn(1, cgn.f_shape.z_dim)
     if level >= FOLDED:
         train_cgn.fold(cgn, TRUNCATION)
-    if level >= BF16:
+    if in_bf16(level):
         cgn.bfloat16()
         z = z.bfloat16()
     return Generation(cgn, z, torch.tensor([1]))
@@ -215,7 +222,7 @@ def make_training(level):
     for frozen in (cgn.biggan_GT, cgn.u2net):
         if level >= FOLDED:
             train_cgn.fold(frozen.eval(), TRUNCATION)
-        if level >= BF16:
+        if in_bf16(level):
             frozen.bfloat16()
     derive_all(cgn, level)
     windows = draw_patch_windows(1, torch.Generator().manual_seed(0))
@@ -224,7 +231,8 @@ def make_training(level):
 
 def derive_all(cgn, level):
     """The pairs of train_cgn.derive, in the dtype of a level."""
-    dtype = torch.bfloat16 if level >= ONCE_PER_STEP else torch.float32
+    once = level >= ONCE_PER_STEP
+    dtype = torch.bfloat16 if once and in_bf16(level) else torch.float32
     return train_cgn.derive(cgn, TRUNCATION, dtype)
 
 
@@ -237,7 +245,7 @@ def make_imagenet_vgg(level):
     if level < CHANNELS_LAST:
         return weights.VGG16Features(state, memory_format=torch.contiguous_format)
     vgg = weights.VGG16Features(state)
-    return vgg.bfloat16() if level >= BF16 else vgg
+    return vgg.bfloat16() if in_bf16(level) else vgg
 
 
 def train_imagenet_batch(state, level):
@@ -249,8 +257,8 @@ def train_imagenet_batch(state, level):
         derived = derive_all(cgn, level)
     z = state.z
     y = state.y
-    z_gt = z.bfloat16() if level >= BF16 else z
-    with torch.autocast("cpu", torch.bfloat16, enabled=level >= BF16):
+    z_gt = z.bfloat16() if in_bf16(level) else z
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16(level)):
         with torch.no_grad():
             x_gt = run_biggan(cgn.biggan_GT, z_gt, y, level)
         premask = run_biggan(cgn.f_shape, z, y, level)
@@ -321,7 +329,7 @@ def main():
     for task in args.tasks:
         first = None
         for level, name in TASKS[task].items():
-            if level not in args.levels:
+            if level not in args.levels or (level == BF16 and not HAS_BF16):
                 continue
             with context.Pool(1) as pool:
                 seconds, memory = pool.apply(measure, (task, level, args.calls))

@@ -205,6 +205,7 @@ TUNED = {
     "wildlife_mnist": dict(
         init="normal",
         init_gain=0.03,
+        texture_padding="circular",
         binary_weight=0.3,
         style_weights=[0.01, 0.05, 0.0, 0.01],
     ),
@@ -212,6 +213,7 @@ TUNED = {
 TUNED["images"] = TUNED["wildlife_mnist"]
 # Defaults of --preset published: the losses and settings of the published code.
 PUBLISHED_COMMON = dict(
+    texture_padding="zeros",
     adversarial="squares",
     r1=0.0,
     style_every=1,
@@ -244,26 +246,34 @@ PUBLISHED["images"] = PUBLISHED["wildlife_mnist"]
 # upsampling is a layer of its own: nn.Identity stands in its place.
 
 
-def upsampled(channels, width):
+def upsampled(channels, width, padding="zeros"):
     """(N, channels, H, W) -> (N, width, 2 H, 2 W)."""
     return [
         nn.Identity(),
-        UpsampleConv2d(channels, width, 3, padding=1, bias=False),
+        UpsampleConv2d(channels, width, 3, padding=1, bias=False, padding_mode=padding),
         nn.BatchNorm2d(width),
         nn.LeakyReLU(0.2),
     ]
 
 
-def texture_mechanism(ngf, size=32):
-    """z and class -> texture in [-1, 1]: (N, 42) -> (N, 3, size, size)."""
+def texture_mechanism(ngf, size=32, padding="zeros"):
+    """z and class -> texture in [-1, 1]: (N, 42) -> (N, 3, size, size).
+
+    padding: at the borders, "zeros" as published. A texture is shifted cyclically before it is
+    used, which brings its borders into the middle; with "circular" there is no seam.
+    """
     layers = [
         nn.Linear(LATENT + EMBEDDING, 2 * ngf * 8 * 8),
         nn.Unflatten(1, (2 * ngf, 8, 8)),
     ]
     for _ in range(doublings(size) + 1):
-        layers += upsampled(2 * ngf, 2 * ngf)  # (N, 2 ngf, 16, 16), ...
-    layers += upsampled(2 * ngf, ngf)  # (N, ngf, size, size)
-    layers += [nn.Conv2d(ngf, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Tanh()]
+        layers += upsampled(2 * ngf, 2 * ngf, padding)  # (N, 2 ngf, 16, 16), ...
+    layers += upsampled(2 * ngf, ngf, padding)  # (N, ngf, size, size)
+    layers += [
+        nn.Conv2d(ngf, 3, 3, padding=1, padding_mode=padding),
+        nn.BatchNorm2d(3),
+        nn.Tanh(),
+    ]
     return nn.Sequential(*layers)
 
 
@@ -298,15 +308,17 @@ class MnistCGN(nn.Module):
         init_shape="orthogonal",
         names=mnist.NAMES,
         size=32,
+        texture_padding="zeros",
     ):
         super().__init__()
         self.names = names  # of the classes
         self.size = size
+        self.texture_padding = texture_padding
         self.z_dim = LATENT
         self.label_emb = nn.Embedding(len(names), EMBEDDING)
         self.f_shape = shape_mechanism(ngf, size)
-        self.f_text1 = texture_mechanism(ngf, size)  # foreground
-        self.f_text2 = texture_mechanism(ngf, size)  # background
+        self.f_text1 = texture_mechanism(ngf, size, texture_padding)  # foreground
+        self.f_text2 = texture_mechanism(ngf, size, texture_padding)  # background
         initialize(self, init, init_gain)
         if init_shape != init:
             initialize(self.f_shape, init_shape, init_gain)
@@ -494,7 +506,11 @@ def load_generator(path, *, raw=False):
     args = content.get("args", {})
     args = args if isinstance(args, dict) else {}
     names = list(args.get("class_counts", mnist.NAMES))  # the former with --dataset images
-    cgn = MnistCGN(names=names, size=args.get("image_size", 32))
+    cgn = MnistCGN(
+        names=names,
+        size=args.get("image_size", 32),
+        texture_padding=args.get("texture_padding", "zeros"),
+    )
     cgn.load_state_dict(weights.check_state_dict(state, cgn.state_dict(), path))
     return cgn.eval(), args
 
@@ -686,6 +702,11 @@ def mnist_flags(parser, variant, preset):
     )
     group.add_argument(
         "--init-gain", type=runs.non_negative_float, default=0.1, help="scale of --init"
+    )
+    group.add_argument(
+        "--texture-padding", choices=["zeros", "circular"], default="zeros",
+        help="at the borders of textures, which are shifted cyclically: circular leaves no seam; "
+        "with --weights, as theirs",
     )
 
     group = parser.add_argument_group("MNIST: losses")
@@ -888,6 +909,7 @@ def train_mnist(args, device):
     if args.weights:
         cgn, _ = load_generator(args.weights)
         cgn.train()
+        args.texture_padding = cgn.texture_padding
         if (cgn.size, cgn.names) != (data.size, data.names):
             raise runs.UserError(
                 f"--weights {args.weights}: of {len(cgn.names)} classes at {cgn.size} x {cgn.size} "
@@ -895,9 +917,17 @@ def train_mnist(args, device):
             )
     else:
         cgn = MnistCGN(
-            32, args.init, args.init_gain, args.init_shape, names=data.names, size=data.size
+            32,
+            args.init,
+            args.init_gain,
+            args.init_shape,
+            data.names,
+            data.size,
+            args.texture_padding,
         )
-    average = MnistCGN(names=data.names, size=data.size).requires_grad_(False)
+    average = MnistCGN(
+        names=data.names, size=data.size, texture_padding=args.texture_padding
+    ).requires_grad_(False)
     average.load_state_dict(cgn.state_dict())
     cgn.to(device)
     average.to(device)

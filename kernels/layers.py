@@ -47,23 +47,28 @@ def upsampling_kernel(weight):
     return kernel.unflatten(1, (4, 4)).permute(0, 3, 1, 2)
 
 
-def upsample_conv2d(x, kernel, bias=None):
+def upsample_conv2d(x, kernel, bias=None, padding_mode="zeros"):
     """Nearest-neighbor upsampling by 2 and a 3 x 3 convolution (padding 1), computed in one.
 
-    x: (N, C, H, W). kernel: of upsampling_kernel. bias: (out,). Returns (N, out, 2 H, 2 W). An
-    output pixel sees only 2 x 2 different input pixels, so a transposed 4 x 4 convolution with
-    summed taps gives the same result with 4/9 of the multiplications, and the upsampled image is
-    never written to memory.
+    x: (N, C, H, W). kernel: of upsampling_kernel. bias: (out,). padding_mode: "zeros" or
+    "circular", as nn.Conv2d's. Returns (N, out, 2 H, 2 W). An output pixel sees only 2 x 2
+    different input pixels, so a transposed 4 x 4 convolution with summed taps gives the same result
+    with 4/9 of the multiplications, and the upsampled image is never written to memory.
     """
+    padding = 1
+    if padding_mode == "circular":
+        x = F.pad(x, [1, 1, 1, 1], mode="circular")  # (N, C, H + 2, W + 2)
+        padding = 3  # leaves out the 2 output pixels that each of these makes
     x = x.contiguous(memory_format=torch.channels_last)  # up to three times as fast on a CPU
-    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
+    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=padding)
 
 
 class UpsampleConv2d(nn.Conv2d):
     """upsample_conv2d as a layer: (N, C, H, W) -> (N, out_channels, 2 H, 2 W)."""
 
     def forward(self, x):
-        return upsample_conv2d(x, upsampling_kernel(self.weight), self.bias)
+        kernel = upsampling_kernel(self.weight)
+        return upsample_conv2d(x, kernel, self.bias, self.padding_mode)
 
 
 def normalized_conv2d(x, norm, convolution):

@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from conftest import ROOT, fixture_files, folder_from
 from torch.testing import assert_close
@@ -209,12 +210,27 @@ def test_features_stop_at_the_last_layer_with_a_weight():
 # Layers
 
 
-def test_upsampling_convolution_equals_upsampling_then_convolution():
+@pytest.mark.parametrize("padding", ["zeros", "circular"])
+def test_upsampling_convolution_equals_upsampling_then_convolution(padding):
     torch.manual_seed(0)
-    layer = UpsampleConv2d(5, 4, 3, padding=1, bias=False).double()
+    layer = UpsampleConv2d(5, 4, 3, padding=1, padding_mode=padding).double()
     x = torch.randn(2, 5, 6, 3, dtype=torch.float64)
     upsampled = F.interpolate(x, scale_factor=2, mode="nearest")
-    assert_close(layer(x), F.conv2d(upsampled, layer.weight, padding=1))
+    convolution = nn.Conv2d(5, 4, 3, padding=1, padding_mode=padding).double()
+    convolution.load_state_dict(layer.state_dict())
+    assert_close(layer(x), convolution(upsampled))
+
+
+@pytest.mark.parametrize("size", [32, 64])
+def test_circular_padding_leaves_no_seam(size):
+    """A cyclic shift of a texture's first activations shifts the texture, borders and all."""
+    torch.manual_seed(0)
+    _, _, *layers = train_cgn.texture_mechanism(4, size, "circular").double()
+    h = torch.randn(2, 8, 8, 8, dtype=torch.float64)
+    texture = nn.Sequential(*layers)
+    step = size // 8
+    expected = texture(h).roll((3 * step, 2 * step), (2, 3))
+    assert_close(texture(h.roll((3, 2), (2, 3))), expected)
 
 
 def test_shuffling_rolls_each_image_by_its_own_offsets():

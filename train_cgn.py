@@ -31,6 +31,7 @@ from data import checkpoints, download, folders, imagenet, mnist, pictures, runs
 from data.weights import ConvNormReLU, U2Net, VGG16Features
 from kernels import (
     GraphedStep,
+    PaddedConv2d,
     UpsampleConv2d,
     accumulation_type,
     affine_convolution,
@@ -270,7 +271,7 @@ def texture_mechanism(ngf, size=32, padding="zeros"):
         layers += upsampled(2 * ngf, 2 * ngf, padding)  # (N, 2 ngf, 16, 16), ...
     layers += upsampled(2 * ngf, ngf, padding)  # (N, ngf, size, size)
     layers += [
-        nn.Conv2d(ngf, 3, 3, padding=1, padding_mode=padding),
+        PaddedConv2d(ngf, 3, 3, padding=1, padding_mode=padding),
         nn.BatchNorm2d(3),
         nn.Tanh(),
     ]

@@ -27,6 +27,7 @@ from kernels.eager import (
 )
 from kernels.graphs import GraphedStep, set_rate
 from kernels.layers import (
+    PaddedConv2d,
     UpsampleConv2d,
     normalized_conv2d,
     normalized_weight,
@@ -43,6 +44,7 @@ __all__ = [
     "GraphedStep",
     "MaskEntropy",
     "StyleLoss",
+    "PaddedConv2d",
     "UpsampleConv2d",
     "accumulation_type",
     "affine_convolution",

@@ -1,7 +1,8 @@
 """Layers that give what plain PyTorch gives at a lower cost, in one form for every device.
 
-Upsampling within the convolution behind it, BatchNorm within the convolution behind it, spectral
-normalization, and the shuffling of textures. This file needs only torch and can be copied alone.
+Circular padding, upsampling within the convolution behind it, BatchNorm within the convolution
+behind it, spectral normalization, and the shuffling of textures. This file needs only torch and can
+be copied alone.
 """
 
 import contextlib
@@ -47,6 +48,36 @@ def upsampling_kernel(weight):
     return kernel.unflatten(1, (4, 4)).permute(0, 3, 1, 2)
 
 
+class CircularPad(torch.autograd.Function):
+    """F.pad(x, [1, 1, 1, 1], mode="circular"): (N, C, H, W) -> (N, C, H + 2, W + 2).
+
+    PyTorch's derivative fills a whole image with zeros for each border, and made the training of
+    textures take 1.4 times as long on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        return F.pad(x, [1, 1, 1, 1], mode="circular")
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        gradient[..., 1, :] += gradient[..., -1, :]
+        gradient[..., -2, :] += gradient[..., 0, :]
+        gradient[..., 1] += gradient[..., -1]
+        gradient[..., -2] += gradient[..., 0]
+        return gradient[..., 1:-1, 1:-1]
+
+
+class PaddedConv2d(nn.Conv2d):
+    """nn.Conv2d with a kernel of 3 and padding 1, of padding_mode "zeros" or "circular"."""
+
+    def forward(self, x):
+        if self.padding_mode == "zeros":
+            return super().forward(x)
+        return F.conv2d(CircularPad.apply(x), self.weight, self.bias)
+
+
 def upsample_conv2d(x, kernel, bias=None, padding_mode="zeros"):
     """Nearest-neighbor upsampling by 2 and a 3 x 3 convolution (padding 1), computed in one.
 
@@ -57,7 +88,7 @@ def upsample_conv2d(x, kernel, bias=None, padding_mode="zeros"):
     """
     padding = 1
     if padding_mode == "circular":
-        x = F.pad(x, [1, 1, 1, 1], mode="circular")  # (N, C, H + 2, W + 2)
+        x = CircularPad.apply(x)  # (N, C, H + 2, W + 2)
         padding = 3  # leaves out the 2 output pixels that each of these makes
     x = x.contiguous(memory_format=torch.channels_last)  # up to three times as fast on a CPU
     return F.conv_transpose2d(x, kernel, bias, stride=2, padding=padding)

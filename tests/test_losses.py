@@ -14,6 +14,7 @@ import train_cgn
 from data import weights
 from kernels import (
     StyleLoss,
+    PaddedConv2d,
     UpsampleConv2d,
     composite_losses,
     eager,
@@ -219,6 +220,21 @@ def test_upsampling_convolution_equals_upsampling_then_convolution(padding):
     convolution = nn.Conv2d(5, 4, 3, padding=1, padding_mode=padding).double()
     convolution.load_state_dict(layer.state_dict())
     assert_close(layer(x), convolution(upsampled))
+
+
+@pytest.mark.parametrize("padding", ["zeros", "circular"])
+def test_padded_convolution_and_its_gradients_are_pytorchs(padding):
+    torch.manual_seed(0)
+    layer = PaddedConv2d(3, 4, 3, padding=1, padding_mode=padding).double()
+    plain = nn.Conv2d(3, 4, 3, padding=1, padding_mode=padding).double()
+    plain.load_state_dict(layer.state_dict())
+    for height, width in ((1, 2), (5, 4)):
+        x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(2, 4, height, width, dtype=torch.float64)
+        assert_close(layer(x), plain(x))
+        (gradient,) = torch.autograd.grad((layer(x) * weight).sum(), x)
+        (expected,) = torch.autograd.grad((plain(x) * weight).sum(), x)
+        assert_close(gradient, expected)
 
 
 @pytest.mark.parametrize("size", [32, 64])

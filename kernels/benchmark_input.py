@@ -169,7 +169,7 @@ def main():
         f"step, threads: {threads}; two passes, float32 {two_passes:.2f} s; "
         f"one pass {one_pass:.2f} s ({100 * one_pass / two_passes:.0f} %)"
     )
-    if runs.pick_bf16("auto", torch.device("cpu")):  # emulation would take minutes
+    if runs.pick_bf16("auto", torch.device("cpu")):
         half = time_step(separate=False, bf16=True, rounds=args.rounds)
         print(f"bf16, channels last {half:.2f} s ({100 * half / two_passes:.0f} %)")
 

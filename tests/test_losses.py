@@ -13,8 +13,8 @@ import generate
 import train_cgn
 from data import weights
 from kernels import (
-    StyleLoss,
     PaddedConv2d,
+    StyleLoss,
     UpsampleConv2d,
     composite_losses,
     eager,

@@ -65,8 +65,8 @@ TRAINING = {
 }
 TASKS = {"generation": GENERATION, "training": TRAINING}
 TRUNCATION = 0.5
-# As --amp auto decides: in bf16 a CPU without instructions for it is nine times slower. Its level is
-# left out there, and later ones are in float32.
+# As --amp auto decides: without instructions for bf16 a CPU takes nine times as long in it. Its
+# level is left out there, and later ones are in float32.
 HAS_BF16 = runs.pick_bf16("auto", torch.device("cpu"))
 
 

@@ -25,6 +25,8 @@ FREE = frozenset(
     " counterfactual cf_test baseline cue_conflict imagenet9 in9_normalization ood"
     " n start interpolate to frames".split()
 )
+# What runs did before there was a flag, if that is not what its default says.
+FORMER = {"texture_padding": "zeros"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -280,9 +282,10 @@ def restore(path, content, args, networks, optimizers):
 def check_settings(path, before, args, free=FREE):
     """UserError if arguments that are not in `free` differ from those that made `path`.
 
-    Flags that are younger than the file do not count, nor do folders of textures, which may have
-    moved.
+    Flags that are younger than the file do not count, but for FORMER, nor do folders of textures,
+    which may have moved.
     """
+    before = FORMER | before
     for name, value in runs.to_jsonable(args).items():
         if name == "textures" and {value, before.get(name)}.isdisjoint({None, "dtd"}):
             continue

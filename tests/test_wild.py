@@ -235,6 +235,12 @@ def test_textures_may_have_moved(tmp_path):
             checkpoints.check_settings("x", before, {"textures": other, "lr": 0.1})
 
 
+def test_a_run_older_than_a_flag_goes_on_as_it_began():
+    checkpoints.check_settings("x", {"lr": 0.1}, {"lr": 0.1, "texture_padding": "zeros"})
+    with pytest.raises(runs.UserError, match="made with texture_padding = zeros, not circular"):
+        checkpoints.check_settings("x", {"lr": 0.1}, {"lr": 0.1, "texture_padding": "circular"})
+
+
 def test_a_digit_set_is_made_longer(untrained, tmp_path):
     flags = ["--weights", untrained, "--device", "cpu", "--out"]
     run("generate.py", *flags, tmp_path / "grown", "--n", 30)

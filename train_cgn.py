@@ -206,7 +206,6 @@ TUNED = {
     "wildlife_mnist": dict(
         init="normal",
         init_gain=0.03,
-        texture_padding="circular",
         binary_weight=0.3,
         style_weights=[0.01, 0.05, 0.0, 0.01],
     ),
@@ -705,7 +704,7 @@ def mnist_flags(parser, variant, preset):
         "--init-gain", type=runs.non_negative_float, default=0.1, help="scale of --init"
     )
     group.add_argument(
-        "--texture-padding", choices=["zeros", "circular"], default="zeros",
+        "--texture-padding", choices=["circular", "zeros"], default="circular",
         help="at the borders of textures, which are shifted cyclically: circular leaves no seam; "
         "with --weights, as theirs",
     )

@@ -208,11 +208,11 @@ def test_published_weights_serve_every_script(tmp_path, tiny):
         pytest.skip(f"no authors_cgn_colored_mnist.pth in CGN_WEIGHTS={folder}")
     flags = ["--n", 20, "--dataset", "colored_mnist", "--out", tmp_path / "cf"]
     run("generate.py", "--weights", path, *flags)
-    flags = ["--dataset", "colored_mnist", *tiny, "--texture-padding", "circular"]
-    run("train_cgn.py", *flags, "--weights", path, "--out", tmp_path / "cgn")
+    flags = ["--dataset", "colored_mnist", *tiny, "--weights", path, "--out", tmp_path / "cgn"]
+    run("train_cgn.py", *flags)
     before, _ = load_generator(path)
     after, _ = load_generator(tmp_path / "cgn" / "weights.pt", raw=True)
-    assert before.texture_padding == after.texture_padding == "zeros"  # theirs, not the flag's
+    assert before.texture_padding == after.texture_padding == "zeros"  # theirs, not the default
     moved = (before.f_text1[7].weight - after.f_text1[7].weight).abs().max()
     assert 0 < moved < 0.01  # six steps
 
@@ -231,8 +231,7 @@ def test_resumed_training_equals_an_uninterrupted_one(tmp_path, tiny, dataset):
     halves = load(tmp_path / "halves" / "checkpoint.pt")
     assert whole["step"] == 6 and same(without_args(whole), without_args(halves))
     cgn, args = load_generator(tmp_path / "halves" / "weights.pt")
-    padding = "circular" if dataset == "wildlife_mnist" else "zeros"
-    assert cgn.texture_padding == args["texture_padding"] == padding
+    assert cgn.texture_padding == args["texture_padding"] == "circular"
     assert [line["step"] for line in read_log(tmp_path / "halves")] == [2, 4, 6]
 
 
@@ -381,6 +380,7 @@ def test_presets_are_defaults_and_flags_win(variant):
     assert TUNED[variant].items() <= vars(parse_args(flags)).items()
     published = vars(parse_args([*flags, "--preset", "published"]))
     assert PUBLISHED[variant].items() <= published.items()
+    assert published["texture_padding"] == "zeros"
     assert published["epochs"] == 15 and published["lr"] == published["norm_lr"] == 2e-4
     args = parse_args([*flags, "--preset", "published", "--ema", "0.5", "--lr", "7"])
     assert args.ema == 0.5 and args.lr == 7 and args.r1 == 0

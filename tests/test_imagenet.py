@@ -33,7 +33,7 @@ import train_cgn
 from data import imagenet, runs
 from data.pretrained.scenes import draw_scenes
 from data.weights import U2Net
-from kernels import benchmark_imagenet, layers
+from kernels import benchmark_imagenet, layers, sample_patch_images
 from train_cgn import SMALL, BigGAN, ImageNetCGN, derive, fold, truncated_normal
 
 
@@ -73,9 +73,16 @@ def small_attentive_cgn():
     return cgn
 
 
+def patches_of_fixed_windows(images, mask, windows, backend):
+    """An untrained mask is so flat that rounding decides which windows it covers most."""
+    ramp = torch.linspace(0, 1, mask.numel()).view_as(mask)
+    return sample_patch_images(images, ramp, windows, backend=backend)
+
+
 def test_levels_of_the_benchmark_compute_the_same(monkeypatch):
     """Images, and gradients in float32; at 64 x 64, where all levels take seconds."""
     monkeypatch.setattr(train_cgn, "ImageNetCGN", small_attentive_cgn)
+    monkeypatch.setattr(train_cgn, "sample_patch_images", patches_of_fixed_windows)
     images = []
     for level in benchmark_imagenet.GENERATION:
         state = benchmark_imagenet.make_generation(level)
@@ -93,7 +100,7 @@ def test_levels_of_the_benchmark_compute_the_same(monkeypatch):
     assert gradients[0].abs().max() > 0
     for other in gradients[1:]:
         # Where two Gram matrices are nearly equal, rounding gives the style loss another sign.
-        close(other, gradients[0], 1e-2)
+        close(other, gradients[0], 1e-3)
 
     # From here on gradients gather at what is derived, for the step.
     state = benchmark_imagenet.make_training(benchmark_imagenet.RECOMPUTE)

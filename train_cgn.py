@@ -1017,7 +1017,7 @@ def segmenter_pairs(cgn, n, generator=None):
 @torch.inference_mode()
 def find_masks(segmenter, images):
     """The masks of images, uint8 (n, 3, S, S): uint8 (n, 1, S, S), 255 where the object is."""
-    masks = [segmenter(mnist.to_float(part)).float().sigmoid() for part in images.split(500)]
+    masks = [segmenter(mnist.to_float(part)).float().sigmoid() for part in images.split(100)]
     return torch.cat(masks).mul_(255).round_().to(torch.uint8)
 
 
@@ -1085,7 +1085,8 @@ def measure_segmenter(args, segmenter, cgn, data):
     alone, against the digits of the training images: nothing is chosen by the latter.
     """
     torch.manual_seed(runs.derived_seed(args.seed, "segmenter test", 0))
-    x, truth = segmenter_pairs(cgn, 1000)
+    pairs = [segmenter_pairs(cgn, 100) for _ in range(10)]
+    x, truth = map(torch.cat, zip(*pairs))
     images = x.add(1).mul(127.5).round().to(torch.uint8)
     found = find_masks(segmenter, images) / 255
     generated = pictures.intersection_over_union(found, truth > 0.5).mean().item()

@@ -177,11 +177,15 @@ def spectral(layer):
     weight = layer._parameters.pop("weight")
     layer.register_parameter("weight_orig", weight)
 
-    u = torch.randn(weight.shape[0], device=weight.device)
-    layer.register_buffer("weight_u", F.normalize(u, dim=0))
-    v = torch.randn(weight[0].numel(), device=weight.device)
-    layer.register_buffer("weight_v", F.normalize(v, dim=0))
+    layer.register_buffer("weight_u", random_unit_vector(weight.shape[0], weight.device))
+    layer.register_buffer("weight_v", random_unit_vector(weight[0].numel(), weight.device))
     return layer
+
+
+def random_unit_vector(size, device):
+    """A vector (size,) of length 1; on the meta device, where arithmetic is slow, its shape."""
+    vector = torch.randn(size, device=device)
+    return vector if vector.is_meta else F.normalize(vector, dim=0)
 
 
 def shuffle_patches(texture, offsets):

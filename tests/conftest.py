@@ -125,8 +125,9 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["torch", "torchvision", "torch.distributed", "kernels"])
 
 
-def as_main(command, output, bytes_per_file):
+def as_main(command, output, bytes_per_file, environment):
     """In a process of its own: what `python script.py --flags` does, with its output in files."""
+    os.environ.update(environment)
     for number, path in enumerate(output, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout = open(1, "w", closefd=False)
@@ -137,10 +138,13 @@ def as_main(command, output, bytes_per_file):
     runpy.run_path(command[0], run_name="__main__")
 
 
-def start(script, *flags, output=("/dev/null", "/dev/null"), bytes_per_file=None):
+def start(
+    script, *flags, output=("/dev/null", "/dev/null"), bytes_per_file=None, environment=()
+):
     """A process that runs a script of the repository."""
     command = [str(ROOT / script), *map(str, flags)]
-    process = processes.Process(target=as_main, args=(command, output, bytes_per_file))
+    args = (command, output, bytes_per_file, dict(environment))
+    process = processes.Process(target=as_main, args=args, name=" ".join(command))
     process.start()
     return process
 
@@ -150,14 +154,47 @@ def run(script, *flags, expect=0, bytes_per_file=None):
     failure.
     """
     with tempfile.TemporaryDirectory() as folder:
-        output = [Path(folder, name) for name in ("stdout", "stderr")]
+        output = output_files(folder)
         process = start(script, *flags, output=output, bytes_per_file=bytes_per_file)
-        process.join(300)
-        process.kill()  # if it is still there
-        stdout, stderr = (path.read_text() if path.exists() else "" for path in output)
-    shown = f"{process.exitcode}: {script} {flags}\n{stdout[-2000:]}\n{stderr[-3000:]}"
+        return finish(process, output, expect)
+
+
+def run_ranks(ranks, script, *flags):
+    """Run a script on several ranks of this CPU, with the environment that torchrun gives them."""
+    common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    with tempfile.TemporaryDirectory() as folder:
+        started = []
+        for rank in map(str, range(ranks)):
+            output = output_files(folder, rank)
+            environment = common | {"RANK": rank, "LOCAL_RANK": rank}
+            process = start(script, *flags, output=output, environment=environment)
+            started.append((process, output))
+        try:
+            for process, output in started:
+                finish(process, output)
+        finally:
+            for process, _ in started:
+                process.kill()
+
+
+def output_files(folder, rank=""):
+    return [Path(folder, name + rank) for name in ("stdout", "stderr")]
+
+
+def finish(process, output, expect=0):
+    """Wait for a process that `start` began. Returns what it wrote."""
+    process.join(300)
+    process.kill()  # if it is still there
+    stdout, stderr = (path.read_text() if path.exists() else "" for path in output)
+    shown = f"{process.exitcode}: {process.name}\n{stdout[-2000:]}\n{stderr[-3000:]}"
     assert process.exitcode == expect, shown
     return types.SimpleNamespace(stdout=stdout, stderr=stderr)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
 
 
 def kill_and_finish(script, flags, out, kills, seconds):
@@ -190,12 +227,9 @@ def check_kills(script, flags, tmp_path, kills):
 
 
 def torchrun(ranks, script, *flags):
-    """Run a script on several ranks of this CPU."""
+    """What `torchrun` does, which takes longer than `run_ranks`: it imports torch again."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    command += ["--master-port", str(port), "--", str(ROOT / script), *map(str, flags)]
+    command += ["--master-port", free_port(), "--", str(ROOT / script), *map(str, flags)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
@@ -254,7 +288,7 @@ def tiny(digits_dir):
     """Flags of a training that takes a second: few digits, no VGG."""
     flags = (
         "--style-weights 0 0 0 0 --device cpu --ndf 16 --max-steps 6 --decay 0 --warmup 2"
-        " --log-every 2 --sample-every 0 --save-every 3 --segmenter-steps 0"
+        " --log-every 2 --sample-every 0 --save-every 3 --segmenter-steps 0 --batch-size 8"
     )
     return ["--data-dir", str(digits_dir), *flags.split()]
 

@@ -268,6 +268,13 @@ def test_the_methods_resume_with_several_seeds(colored, tmp_path, method):
     run("train_classifier.py", *flags, "--epochs", 2, "--resume", "--out", tmp_path / "cut")
     check_same(tmp_path / "whole", tmp_path / "cut")
 
+    results = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert results["seeds"].keys() == {"0", "3"}
+    for name, summary in results["summary"].items():
+        a, b = (seed[name] for seed in results["seeds"].values())
+        assert summary["mean"] == pytest.approx((a + b) / 2)
+        assert summary["std"] == pytest.approx(abs(a - b) / 2**0.5)
+
 
 def write_old_checkpoint(path, steps_per_epoch):
     """Replace a checkpoint by what an earlier version would have written. Returns both contents."""

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from conftest import SOAK, check_kills, contents, load, run, same, start, torchrun
+from conftest import SOAK, check_kills, contents, load, run, run_ranks, same, start
 from PIL import Image
 
 import train_classifier
@@ -806,15 +806,15 @@ def test_two_ranks_train_and_test_like_one(miniature, folders, tmp_path):
     folders = [tmp_path / "imagenet" if x == miniature / "imagenet" else x for x in folders]
     flags = ["train_classifier.py", *TRAINING, *folders, "--epochs", 1, "--log-every", 1]
     run(*flags, "--out", tmp_path / "one")
-    torchrun(2, *flags, "--max-steps", 2, "--out", tmp_path / "two")
-    torchrun(2, *flags, "--resume", "--out", tmp_path / "two")
+    run_ranks(2, *flags, "--max-steps", 2, "--out", tmp_path / "two")
+    run_ranks(2, *flags, "--resume", "--out", tmp_path / "two")
 
     # Trained alike, up to rounding errors, so that a prediction may differ; tested the same.
     one = results(tmp_path / "one")
     two = results(tmp_path / "two")
     assert cells(one, "images") == cells(two, "images")
     evaluate = ["train_classifier.py", *NETWORK, *folders, *EVALUATE, tmp_path / "one/weights.pt"]
-    torchrun(2, *evaluate, "--out", tmp_path / "tested")
+    run_ranks(2, *evaluate, "--out", tmp_path / "tested")
     tested = cells(results(tmp_path / "tested"), "hits")
     hits = cells(one, "hits")  # of counterfactuals in training: those that were held out
     assert len(tested) > 20

@@ -36,8 +36,8 @@ KILLS = [3, pytest.param(20, marks=SOAK)]
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed_trainings_end_the_same(tiny, tmp_path, kills):
     """Of the generator and of its segmenter."""
-    flags = ["--dataset", "colored_mnist", *tiny, "--max-steps", 15 * kills, "--seed", 5]
-    flags += ["--segmenter-steps", 4 * kills]
+    flags = ["--dataset", "colored_mnist", *tiny, "--max-steps", 10 * kills, "--seed", 5]
+    flags += ["--segmenter-steps", 2 * kills]
     flags += ["--log-every", 1, "--save-every", 2, "--sample-every", 20]
     check_kills("train_cgn.py", flags, tmp_path, kills)
 

@@ -76,17 +76,14 @@ def test_offline_chain_from_nothing(tmp_path):
     hint = shlex.split(done.stdout.rpartition("python train_classifier.py")[2])
     assert train_classifier.parse_args(hint).offline
 
-    flags = "--train both --epochs 1 --epoch-steps 20 --seeds 0 1".split()
+    flags = "--train both --epochs 1 --epoch-steps 20".split()
     data = ["--counterfactual", tmp_path / "cf"]
     run("train_classifier.py", *common, *flags, *data, "--out", tmp_path / "classifier")
     results = json.loads((tmp_path / "classifier" / "results.json").read_text())
-    assert results["offline"] and set(results["seeds"]) == {"0", "1"}
+    assert results["offline"] and results["seeds"].keys() == {"0"}
     summary = results["summary"]
     for name in ("train", "decorrelated", "correlated", "biased"):
-        values = [seed[name] for seed in results["seeds"].values()]
-        assert all(5 < value <= 100 for value in values)
-        assert summary[name]["mean"] == pytest.approx(sum(values) / 2)
-        assert summary[name]["std"] == pytest.approx(abs(values[0] - values[1]) / 2**0.5)
+        assert 5 < summary[name]["mean"] <= 100
     assert summary["correlated"]["mean"] > summary["decorrelated"]["mean"]  # the shortcut
 
 

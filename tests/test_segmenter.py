@@ -93,10 +93,10 @@ def test_agreement_of_masks():
 
 
 def test_a_longer_training_trains_its_segmenter_anew(tiny, tmp_path):
-    flags = ["--dataset", "colored_mnist", *tiny, "--segmenter-steps", 2]
-    run("train_cgn.py", *flags, "--max-steps", 3, "--out", tmp_path / "run")
-    run("train_cgn.py", *flags, "--max-steps", 6, "--resume", "--out", tmp_path / "run")
-    run("train_cgn.py", *flags, "--max-steps", 6, "--out", tmp_path / "whole")
+    flags = ["--dataset", "colored_mnist", *tiny, "--segmenter-steps", 1]
+    run("train_cgn.py", *flags, "--max-steps", 2, "--out", tmp_path / "run")
+    run("train_cgn.py", *flags, "--max-steps", 4, "--resume", "--out", tmp_path / "run")
+    run("train_cgn.py", *flags, "--max-steps", 4, "--out", tmp_path / "whole")
     names = ("weights.pt", "segmentation.png", "segmenter/log.jsonl")
     longer = contents(tmp_path / "run")
     whole = contents(tmp_path / "whole")

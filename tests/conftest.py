@@ -138,9 +138,7 @@ def as_main(command, output, bytes_per_file, environment):
     runpy.run_path(command[0], run_name="__main__")
 
 
-def start(
-    script, *flags, output=("/dev/null", "/dev/null"), bytes_per_file=None, environment=()
-):
+def start(script, *flags, output=("/dev/null", "/dev/null"), bytes_per_file=None, environment=()):
     """A process that runs a script of the repository."""
     command = [str(ROOT / script), *map(str, flags)]
     args = (command, output, bytes_per_file, dict(environment))

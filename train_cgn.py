@@ -1017,7 +1017,8 @@ def segmenter_pairs(cgn, n, generator=None):
 @torch.inference_mode()
 def find_masks(segmenter, images):
     """The masks of images, uint8 (n, 3, S, S): uint8 (n, 1, S, S), 255 where the object is."""
-    masks = [segmenter(mnist.to_float(part)).float().sigmoid() for part in images.split(100)]
+    parts = images.split(100)  # small enough for a CPU's cache
+    masks = [segmenter(mnist.to_float(part)).float().sigmoid() for part in parts]
     return torch.cat(masks).mul_(255).round_().to(torch.uint8)
 
 
@@ -1085,7 +1086,7 @@ def measure_segmenter(args, segmenter, cgn, data):
     alone, against the digits of the training images: nothing is chosen by the latter.
     """
     torch.manual_seed(runs.derived_seed(args.seed, "segmenter test", 0))
-    pairs = [segmenter_pairs(cgn, 100) for _ in range(10)]
+    pairs = [segmenter_pairs(cgn, 100) for _ in range(10)]  # at once they take gigabytes
     x, truth = map(torch.cat, zip(*pairs))
     images = x.add(1).mul(127.5).round().to(torch.uint8)
     found = find_masks(segmenter, images) / 255

@@ -133,17 +133,17 @@ class MnistClassifier(nn.Module):
         layers = [
             nn.BatchNorm2d(3),
             nn.Conv2d(3, 32, 5, padding=2),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.MaxPool2d(3, 2, 1),  # (N, 32, 16, 16)
             nn.Conv2d(32, 32, 3, padding=1),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Conv2d(32, 64, 3, 2, 1),  # (N, 64, 8, 8)
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Conv2d(64, 64, 3, padding=1),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
         ]
         while size > 32:  # again to (N, 64, 8, 8)
-            layers += [nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(64, 64, 3, 2, 1), nn.ReLU()]
             size = size // 2
         layers.append(nn.AvgPool2d(7))  # (N, 64, 1, 1)
         self.model = nn.Sequential(*layers)
@@ -409,7 +409,8 @@ def correct_predictions(classifier, images, labels):
 def predict_classes(classifier, images):
     """Predictions in eval mode, int64 (n,). images: uint8 (n, 3, S, S)."""
     classifier.eval()
-    return torch.cat([classifier(mnist.to_float(x)).argmax(1) for x in images.split(250)])
+    parts = images.split(250)  # small enough for a CPU's cache
+    return torch.cat([classifier(mnist.to_float(x)).argmax(1) for x in parts])
 
 
 def measure_factors(classifier, data, out):

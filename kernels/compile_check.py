@@ -1,7 +1,7 @@
 """Compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU, and print what it takes.
 
-    python kernels/compile_check.py          # for sm_90 what training in bf16 launches
-    python kernels/compile_check.py --all    # whatever may be launched, on all generations
+    python kernels/compile_check.py          # the default configuration of each kernel
+    python kernels/compile_check.py --all    # and those that tuning may choose
 
 The kernels are called as training calls them, on CPU tensors, and what would have been launched is
 compiled instead. Exit code 1 if a kernel spills more than a few registers or does not fit into
@@ -199,22 +199,11 @@ def all_launches(every_config):
     return list(launches.values())
 
 
-def default_launches(launches, sm):
-    """For sm_90 all in bfloat16, and each kernel in float32; for others each kernel in bfloat16."""
+def typical_launches(launches):
+    """Those in bfloat16, and those of kernels that never see it."""
     in_bf16 = [launch for launch in launches if "bf16" in str(launch.signature)]
     kernels = {launch.kernel for launch in in_bf16}
-    in_bf16 += [launch for launch in launches if launch.kernel not in kernels]
-    if sm != 90:
-        return first_of_each_kernel(in_bf16)
-    in_float32 = [launch for launch in launches if "16" not in str(launch.signature)]
-    return in_bf16 + first_of_each_kernel(in_float32)
-
-
-def first_of_each_kernel(launches):
-    first = {}
-    for launch in launches:
-        first.setdefault(launch.kernel, launch)
-    return list(first.values())
+    return in_bf16 + [launch for launch in launches if launch.kernel not in kernels]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -258,8 +247,8 @@ def parse_args():
     parser.add_argument(
         "--all",
         action="store_true",
-        help="compile every configuration that tuning may choose, every number type, memory layout "
-        "and smallest size for every generation",
+        help="compile every configuration that tuning may choose, not the default one alone, and "
+        "every type for every generation, not bf16 alone for sm_80 and sm_100",
     )
     return parser.parse_args()
 
@@ -269,11 +258,13 @@ def main():
     launches = all_launches(every_config=args.all)
     print(f"triton {triton.__version__}; registers, spilled bytes and shared memory in KiB")
     failed = False
+    typical = typical_launches(launches)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = []
-        for sm in SHARED_MEMORY:
-            for launch in launches if args.all else default_launches(launches, sm):
-                jobs.append((launch, sm, pool.submit(compile_launch, launch, sm)))
+        for launch in launches:
+            for sm in SHARED_MEMORY:
+                if args.all or sm == 90 or launch in typical:
+                    jobs.append((launch, sm, pool.submit(compile_launch, launch, sm)))
         for launch, sm, job in jobs:
             registers, spilled, shared = job.result()
             bad = spilled > SPILLED or shared > SHARED_MEMORY[sm]

@@ -158,7 +158,7 @@ def run(script, *flags, expect=0, bytes_per_file=None):
 
 
 def run_ranks(ranks, script, *flags):
-    """Run a script on several ranks of this CPU, with the environment that torchrun gives them."""
+    """Run a script on several ranks of this CPU, with what it reads of torchrun's environment."""
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with tempfile.TemporaryDirectory() as folder:
         started = []

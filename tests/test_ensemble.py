@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
-from conftest import SOAK, check_kills, contents, load, run, run_ranks, same, start
+from conftest import SOAK, check_kills, contents, load, run, run_ranks, same, start, torchrun
 from PIL import Image
 
 import train_classifier
@@ -806,7 +806,7 @@ def test_two_ranks_train_and_test_like_one(miniature, folders, tmp_path):
     folders = [tmp_path / "imagenet" if x == miniature / "imagenet" else x for x in folders]
     flags = ["train_classifier.py", *TRAINING, *folders, "--epochs", 1, "--log-every", 1]
     run(*flags, "--out", tmp_path / "one")
-    run_ranks(2, *flags, "--max-steps", 2, "--out", tmp_path / "two")
+    torchrun(2, *flags, "--max-steps", 2, "--out", tmp_path / "two")
     run_ranks(2, *flags, "--resume", "--out", tmp_path / "two")
 
     # Trained alike, up to rounding errors, so that a prediction may differ; tested the same.

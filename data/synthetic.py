@@ -408,7 +408,8 @@ def _ink(dots, ink, radius, softness, strength):
     """
     grid = torch.arange(28, dtype=torch.float32, device=dots.device) - 13.5
     offset = dots[..., None] - grid  # (n, dots, 2, 28)
-    bells = torch.exp(offset.square() / (-2 * _INK_BLUR**2))
+    exponent = offset.square() / (-2 * _INK_BLUR**2)
+    bells = exponent.clamp_min(-80).exp()  # where it underflows, exp() is ten times slower
     columns, rows = bells.unbind(2)  # (n, dots, 28) each
     rows = rows * ink[..., None]
     density = rows.transpose(1, 2) @ columns

@@ -1086,7 +1086,7 @@ def measure_segmenter(args, segmenter, cgn, data):
     alone, against the digits of the training images: nothing is chosen by the latter.
     """
     torch.manual_seed(runs.derived_seed(args.seed, "segmenter test", 0))
-    pairs = [segmenter_pairs(cgn, 100) for _ in range(10)]  # at once they take gigabytes
+    pairs = [segmenter_pairs(cgn, 100) for _ in range(5)]  # at once they take gigabytes
     x, truth = map(torch.cat, zip(*pairs))
     images = x.add(1).mul(127.5).round().to(torch.uint8)
     found = find_masks(segmenter, images) / 255

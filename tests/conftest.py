@@ -128,6 +128,7 @@ processes.set_forkserver_preload(["torch", "torchvision", "torch.distributed", "
 def as_main(command, output, bytes_per_file, environment):
     """In a process of its own: what `python script.py --flags` does, with its output in files."""
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # what python starts with, not forkserver
     for number, path in enumerate(output, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
     sys.stdout = open(1, "w", closefd=False)
@@ -135,7 +136,12 @@ def as_main(command, output, bytes_per_file, environment):
     if bytes_per_file:  # what stands in for a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, bytes_per_file))
     sys.argv = command
-    runpy.run_path(command[0], run_name="__main__")
+    code = 0
+    try:
+        runpy.run_path(command[0], run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code
+    sys.exit(code)  # here all frames of the script are gone, and with them the workers they hold
 
 
 def start(script, *flags, output=("/dev/null", "/dev/null"), bytes_per_file=None, environment=()):
@@ -268,17 +274,27 @@ def write_idx(path, values):
     path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
 
 
-@pytest.fixture(scope="session")
-def digits_dir(tmp_path_factory):
-    """A folder like MNIST's: 600 digits to train, 200 to test, gzipped under MNIST/raw."""
-    folder = tmp_path_factory.mktemp("mnist")
+def write_mnist(folder, training, test):
+    """A folder like MNIST's: synthetic digits to train and to test, gzipped under MNIST/raw."""
     raw = folder / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for part, count, seed in (("train", 600, 1), ("t10k", 200, 2)):
+    for part, count, seed in (("train", training, 1), ("t10k", test, 2)):
         images, labels = synthetic_digits(count, seed=seed)
         write_idx(raw / f"{part}-images-idx3-ubyte.gz", images)
         write_idx(raw / f"{part}-labels-idx1-ubyte.gz", labels.to(torch.uint8))
     return folder
+
+
+@pytest.fixture(scope="session")
+def digits_dir(tmp_path_factory):
+    """600 digits to train, 200 to test."""
+    return write_mnist(tmp_path_factory.mktemp("mnist"), 600, 200)
+
+
+@pytest.fixture(scope="session")
+def few_digits(tmp_path_factory):
+    """96 digits to train, 40 to test."""
+    return write_mnist(tmp_path_factory.mktemp("few"), 96, 40)
 
 
 @pytest.fixture(scope="session")

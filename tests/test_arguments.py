@@ -122,7 +122,7 @@ recorders = []
 
 
 @pytest.fixture(scope="module")
-def small_world(digits_dir, small_cgn, tmp_path_factory):
+def small_world(few_digits, small_cgn, tmp_path_factory):
     """Files for runs that take a second each: by name."""
     root = tmp_path_factory.mktemp("world")
     pretrained = root / "pretrained"
@@ -154,7 +154,7 @@ def small_world(digits_dir, small_cgn, tmp_path_factory):
         folder.mkdir(parents=True)
         for index in range(10):
             Image.new("RGB", (40, 40), (20 * index, 99, 0)).save(folder / f"{index}.png")
-    places = {"ROOT": root, "PRETRAINED": pretrained, "DIGITS": digits_dir}
+    places = {"ROOT": root, "PRETRAINED": pretrained, "DIGITS": few_digits}
     flags = f"--dataset imagenet --weights {small_cgn / 'weights.pt'} --device cpu".split()
     run("generate.py", *flags, "--n", 4, "--batch-size", 4, "--out", root / "imagenet-cf")
     flags = "--dataset colored_mnist --device cpu --n 80".split()
@@ -273,7 +273,7 @@ def save_weights_to_evaluate(root):
 
 RUNS = """
 . train_cgn TINY --batch-size 1
-. train_cgn TINY --batch-size 600 --max-steps 1
+. train_cgn TINY --batch-size 96 --max-steps 1
 . train_cgn TINY --ema 0
 . train_cgn TINY --ema 1
 . train_cgn TINY --lr 0 --norm-lr 0
@@ -365,20 +365,20 @@ train_classifier --dataset imagenet --evaluate --weights NOWHERE --out OUT
 
 
 @pytest.fixture(scope="module")
-def words(digits_dir, untrained, tmp_path_factory):
+def words(few_digits, untrained, tmp_path_factory):
     """What the words in capitals stand for."""
     train = (
-        f"--dataset colored_mnist --data-dir {digits_dir} --style-weights 0 0 0 0 --device cpu"
-        " --ndf 16 --max-steps 3 --warmup 1 --segmenter-steps 0 --out OUT"
+        f"--dataset colored_mnist --data-dir {few_digits} --style-weights 0 0 0 0 --device cpu"
+        " --ndf 16 --batch-size 8 --max-steps 3 --warmup 1 --segmenter-steps 0 --out OUT"
     )
     digit = (
-        f"--dataset colored_mnist --data-dir {digits_dir} --device cpu --epochs 1 --epoch-steps 2"
+        f"--dataset colored_mnist --data-dir {few_digits} --device cpu --epochs 1 --epoch-steps 2"
         " --out OUT"
     )
     return {
         "TINY": train,
         "DIGIT": digit,
-        "DIGITS": str(digits_dir),
+        "DIGITS": str(few_digits),
         "NOWHERE": str(tmp_path_factory.mktemp("words") / "nowhere"),
         "GENERATORFILE": str(untrained),
         "GENERATOR": f"--weights {untrained} --device cpu --out OUT",

@@ -107,9 +107,10 @@ def test_the_gradient_is_reversed():
 
 
 @pytest.fixture(scope="module")
-def colored(digits_dir):
-    """Flags of a classifier of colored digits, 600 of them to train on."""
-    return f"--dataset colored_mnist --data-dir {digits_dir} --device cpu".split()
+def colored(few_digits):
+    """Flags of a classifier of colored digits. An epoch of the 96 has ten steps."""
+    flags = f"--dataset colored_mnist --data-dir {few_digits} --device cpu --batch-size 10"
+    return flags.split()
 
 
 @pytest.fixture(scope="module")
@@ -122,11 +123,13 @@ def counterfactuals(tmp_path_factory):
     return folder / "700", folder / "300"
 
 
-def test_other_training_sets(colored, counterfactuals, tmp_path):
+def test_other_training_sets(digits_dir, counterfactuals, tmp_path):
+    flags = f"--dataset colored_mnist --data-dir {digits_dir} --device cpu --batch-size 32"
+    flags = [*flags.split(), "--epochs", 4, "--epoch-steps", 20]
     generated = ["both", "--counterfactual", counterfactuals[0]]
     for train in (["decorrelated"], generated):
         out = tmp_path / train[0]
-        run("train_classifier.py", *colored, "--train", *train, "--epochs", 4, "--out", out)
+        run("train_classifier.py", *flags, "--train", *train, "--out", out)
         content = json.loads((out / "results.json").read_text())
         summary = content["summary"]
         decorrelated = summary["decorrelated"]["mean"]
@@ -162,12 +165,12 @@ def test_decorrelated_accuracy_in_two_parts(digits_dir, tmp_path):
     assert train_classifier.load_digit_data(black, torch.device("cpu")).one_class is None
 
 
-def test_epochs_longer_than_the_data(digits_dir, tmp_path):
+def test_epochs_longer_than_the_data(few_digits, tmp_path):
     """The images are taken again, in colors drawn anew; resuming between gives the same bits."""
-    flags = f"--dataset double_colored_mnist --data-dir {digits_dir} --device cpu".split()
-    # The 500 images are 9 batches of 60: 20 steps are two turns and the first two of a third.
+    flags = f"--dataset double_colored_mnist --data-dir {few_digits} --device cpu".split()
+    # The 80 images are 9 batches of 9: 20 steps are two turns and the first two of a third.
     flags += ["--train", "decorrelated", "--epochs", "2", "--epoch-steps", "20"]
-    flags += ["--batch-size", "60"]
+    flags += ["--batch-size", "9"]
     run("train_classifier.py", *flags, "--out", tmp_path / "run")
     lines = epoch_lines(tmp_path / "run")
     assert [line["step"] for line in lines] == [20, 40]
@@ -191,7 +194,7 @@ def test_several_counterfactual_sets_are_used_together(colored, counterfactuals,
     labels = torch.cat([part["labels"] for part in content])
     shapes = labels[:, 0].long()
     flags = [*colored, "--counterfactual", *counterfactuals, "--out", tmp_path / "run"]
-    for train, count in (("counterfactual", 1000), ("both", 1600)):
+    for train, count in (("counterfactual", 1000), ("both", 1096)):
         argv = [str(flag) for flag in (*flags, "--train", train)]
         args = train_classifier.parse_args(argv)
         data = train_classifier.load_digit_data(args, torch.device("cpu"))
@@ -203,11 +206,11 @@ def test_several_counterfactual_sets_are_used_together(colored, counterfactuals,
 
     run("train_classifier.py", *flags, "--train", "both", "--epochs", 1)
     (line,) = epoch_lines(tmp_path / "run")
-    assert line["step"] == 1600 / 64
+    assert line["step"] == 1096 // 10 + 1
 
 
 # --------------------------------------------------------------------------------------------------
-# Resuming. An epoch of the 600 digits has ten steps.
+# Resuming
 
 
 def epoch_lines(out):
@@ -291,7 +294,7 @@ def write_old_checkpoint(path, steps_per_epoch):
         "optimizer": new["optimizers"][0],
         "args": args,
         "epoch": new["epoch"],
-        "position": finished * 64,  # images of the epoch that were seen
+        "position": finished * 10,  # images of the epoch that were seen
         "sums": new["sums"][:2],
         "best": new["best"],
         "numbers": new["metrics"],
@@ -327,8 +330,8 @@ def check_old_checkpoint(flags, whole, out, step, steps_per_epoch):
 def test_a_checkpoint_of_an_earlier_version_resumes(colored, whole, tmp_path):
     flags = ["train_classifier.py", *colored, "--epochs", 3]
     old = check_old_checkpoint(flags, whole, tmp_path / "run", 10, 10)
-    # Stopped after the last step of the second epoch, which holds 24 images, before the test.
-    old |= {"epoch": 1, "position": 600}
+    # Stopped after the last step of the second epoch, which holds 6 images, before the test.
+    old |= {"epoch": 1, "position": 96}
     assert train_classifier.upgrade_checkpoint(old, 10)["step"] == 20
 
 

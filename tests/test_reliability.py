@@ -36,8 +36,8 @@ KILLS = [3, pytest.param(20, marks=SOAK)]
 @pytest.mark.parametrize("kills", KILLS)
 def test_killed_trainings_end_the_same(tiny, tmp_path, kills):
     """Of the generator and of its segmenter."""
-    flags = ["--dataset", "colored_mnist", *tiny, "--max-steps", 10 * kills, "--seed", 5]
-    flags += ["--segmenter-steps", 2 * kills]
+    flags = ["--dataset", "colored_mnist", *tiny, "--max-steps", 6 * kills, "--seed", 5]
+    flags += ["--segmenter-steps", kills]
     flags += ["--log-every", 1, "--save-every", 2, "--sample-every", 20]
     check_kills("train_cgn.py", flags, tmp_path, kills)
 
@@ -105,7 +105,7 @@ def test_sigterm_finishes_the_step_and_saves(untrained, digits_dir, tmp_path, sc
     begun = "chunk_00000.pt"
     if script == "train_classifier.py":
         flags = ["--dataset", "wildlife_mnist", "--data-dir", digits_dir, "--device", "cpu"]
-        flags += ["--epochs", 8, "--save-every", 6, "--batch-size", 8]
+        flags += ["--epochs", 8, "--save-every", 6, "--batch-size", 8, "--epoch-steps", 9]
         begun = "seed_0/checkpoint.pt"
     run(script, *flags, "--out", tmp_path / "whole")
     output = tmp_path / "stdout", tmp_path / "stderr"

@@ -1164,9 +1164,9 @@ def test_kernels_compile_for_gpus_of_three_generations():
 def test_training_with_either_kernels_logs_the_same_losses(tmp_path, few_digits, monkeypatch):
     torch.save(weights.random_vgg16_features(4), tmp_path / "vgg16_features.pth")
     flags = (
-        f"--dataset colored_mnist --data-dir {few_digits} --weights-dir {tmp_path} --device {DEVICE}"
-        " --style-weights 1 1 0 0 --warmup 1 --max-steps 2 --style-every 1 --log-every 1"
-        " --sample-every 0 --batch-size 3 --amp off --segmenter-steps 0"
+        f"--dataset colored_mnist --data-dir {few_digits} --weights-dir {tmp_path}"
+        f" --device {DEVICE} --style-weights 1 1 0 0 --style-every 1 --warmup 1 --max-steps 2"
+        " --log-every 1 --sample-every 0 --batch-size 3 --amp off --segmenter-steps 0"
     )
     logs = []
     for backend in ("triton", "eager"):

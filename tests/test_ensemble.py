@@ -856,9 +856,9 @@ def test_saved_weights_are_evaluated_to_the_same_results(whole, folders, tmp_pat
 def test_sigterm_within_an_epoch_and_resume_give_the_same_bits(
     miniature, counterfactuals, tmp_path
 ):
-    """With a network that has dropout."""
+    """With a network that has dropout and stochastic depth."""
     flags = [*TRAINING, *training_folders(miniature, counterfactuals)]
-    flags += "--arch mobilenet_v3_small --epochs 3 --lr-step 2 --log-every 1".split()
+    flags += "--arch efficientnet_b0 --epochs 3 --lr-step 2 --log-every 1".split()
     run("train_classifier.py", *flags, "--out", tmp_path / "whole")
 
     flags += ["--workers", 1, "--resume", "--out", tmp_path / "cut"]

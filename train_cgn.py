@@ -36,6 +36,7 @@ from kernels import (
     accumulation_type,
     affine_convolution,
     affine_relu,
+    attention,
     compose,
     composite_losses_and_copy,
     draw_patch_windows,
@@ -1433,12 +1434,9 @@ class SelfAttention(nn.Module):
         h = F.linear(x.permute(0, 2, 3, 1), self.weight, self.bias)  # (N, H, W, 3 C / 4)
         query, h = h.split([channels // 8, channels * 5 // 8], 3)
         h = max_pool(h.permute(0, 3, 1, 2), backend=self.kernels).permute(0, 2, 3, 1)
-        query = query.flatten(1, 2)
-        key, value = h.flatten(1, 2).split([channels // 8, channels // 2], 2)
-        # With a dimension for its one head, attention takes its fast path: (N, 1, H W, C / 8),
-        # (N, 1, H W / 4, C / 8) and (N, 1, H W / 4, C / 2).
-        query, key, value = (h[:, None] for h in (query, key, value))
-        seen = F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
+        query = query.flatten(1, 2)  # (N, H W, C / 8)
+        key, value = h.flatten(1, 2).split([channels // 8, channels // 2], 2)  # (N, H W / 4, ...)
+        seen = attention(query, key, value)  # (N, H W, C / 2)
         seen = F.linear(seen, self.output_weight)  # (N, H W, C)
         return x + seen.transpose(1, 2).unflatten(2, (height, width))
 

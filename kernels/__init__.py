@@ -29,6 +29,7 @@ from kernels.graphs import GraphedStep, set_rate
 from kernels.layers import (
     PaddedConv2d,
     UpsampleConv2d,
+    attention,
     normalized_conv2d,
     normalized_weight,
     power_iteration,
@@ -49,6 +50,7 @@ __all__ = [
     "accumulation_type",
     "affine_convolution",
     "affine_relu",
+    "attention",
     "compose",
     "composite_losses",
     "composite_losses_and_copy",

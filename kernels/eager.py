@@ -216,9 +216,11 @@ class StyleLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         features, difference = ctx.saved_tensors
-        scale = 2 * gradient / (features[0].numel() * difference.numel())
-        signs = difference.sign().mul_(scale)  # (N, C, C)
-        flat = accumulation_type(features).flatten(2)  # (N, C, H W)
+        # No dtype rounds signs times a power of two, this one so small that no sum is too large.
+        power = 2.0 ** -len(difference[0]).bit_length()
+        signs = difference.sign().mul_(power).to(features.dtype)  # (N, C, C)
+        scale = 2 * gradient / (power * features[0].numel() * difference.numel())
+        flat = features.flatten(2)  # (N, C, H W)
         with without_autocast(features):
             if features.is_contiguous(memory_format=torch.channels_last):
                 # This order of the product leaves the gradient channels last, too.
@@ -226,7 +228,7 @@ class StyleLoss(torch.autograd.Function):
                 product = product.transpose(1, 2).unflatten(2, features.shape[2:])
             else:
                 product = torch.bmm(signs, flat).view_as(features)
-        return product.to(features.dtype), None
+        return product.mul_(scale), None
 
 
 def style_loss(features, target_features, *, backend="auto"):
@@ -430,7 +432,8 @@ def affine_convolution(x, gain_and_shift, weight, residual=None, *, backend="aut
 
     y = F.conv2d(affine_relu(x, gain_and_shift, backend="eager"), weight)
     if residual is not None:
-        residual = residual[:, : len(weight)]
+        # In this order of dimensions, the gradient is channels last as well.
+        residual = residual.permute(0, 2, 3, 1)[..., : len(weight)].permute(0, 3, 1, 2)
         if residual.shape[2] < x.shape[2]:
             with without_autocast(residual):
                 residual = F.interpolate(residual, scale_factor=2)

@@ -1,8 +1,8 @@
-"""Layers that give what plain PyTorch gives at a lower cost, in one form for every device.
+"""Layers that give what plain PyTorch gives at a lower cost, without kernels of their own.
 
 Circular padding, upsampling within the convolution behind it, BatchNorm within the convolution
-behind it, spectral normalization, and the shuffling of textures. This file needs only torch and can
-be copied alone.
+behind it, attention, spectral normalization, and the shuffling of textures. This file needs only
+torch and can be copied alone.
 """
 
 import contextlib
@@ -138,6 +138,23 @@ def normalized_conv2d(x, norm, convolution):
         convolution.padding,
         convolution.dilation,
     )
+
+
+def attention(query, key, value):
+    """Means of the values, weighted by softmax(query key^T), unscaled: (N, L, E).
+
+    query: (N, L, D). key: (N, S, D). value: (N, S, E), all of one dtype.
+    """
+    if query.device.type != "cpu":
+        # With a dimension for the one head, a GPU takes its fast path.
+        query, key, value = (x[:, None] for x in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value, scale=1.0).squeeze(1)
+    # On a CPU, PyTorch turns all of it into float32 if E is not D, and takes three times as long.
+    # The logits need it, the product with the values, which has most of the arithmetic, does not.
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    with without_autocast(query):
+        logits = torch.bmm(query.to(dtype), key.to(dtype).transpose(1, 2))  # (N, L, S)
+        return torch.bmm(logits.softmax(2).to(value.dtype), value)
 
 
 @torch.no_grad()

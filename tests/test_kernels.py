@@ -694,6 +694,22 @@ def test_eager_affine_convolution_is_the_formula():
     assert again is x
 
 
+def test_the_gradient_of_a_residual_is_channels_last():
+    """Of a slice of channels, PyTorch's is not, and all that is added to it is slow from there."""
+    x, *others, residual = convolution_inputs(2, 3, 4, 6, 8, (5, 1), torch.float32)
+    x, residual = (image.to(memory_format=torch.channels_last) for image in (x, residual))
+    layouts = []
+
+    def note(gradient):
+        layouts.append(gradient.is_contiguous(memory_format=torch.channels_last))
+
+    residual = residual.requires_grad_() * 1
+    residual.register_hook(note)
+    y, _ = affine_convolution(x, *others, residual)
+    y.backward(torch.ones_like(y))
+    assert layouts == [True]
+
+
 def test_affine_convolution_keeps_nan():
     x, gain_and_shift, weight, residual = convolution_inputs(2, 3, 4, 6, 8, (4, 1), torch.float32)
     x[1, 2, 3, 4] = torch.nan

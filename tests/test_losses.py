@@ -16,6 +16,7 @@ from kernels import (
     PaddedConv2d,
     StyleLoss,
     UpsampleConv2d,
+    attention,
     composite_losses,
     eager,
     gram_matrix,
@@ -194,6 +195,18 @@ def test_style_loss_is_the_formula_and_takes_a_gram_matrix():
     assert half.item() == pytest.approx(expected.item(), rel=0.02)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_style_loss_in_half_precision_has_the_gradient_of_float64(dtype):
+    """Features so large and so many that a sum over channels in float16 would be infinite."""
+    torch.manual_seed(0)
+    features = (1000 + torch.rand(1, 96, 4, 4)).to(dtype).requires_grad_()
+    target = torch.zeros(1, 96, 96)
+    (2e5 * style_loss(features, target)).backward()
+    exact = features.detach().double().requires_grad_()
+    (2e5 * style_loss(exact, target.double())).backward()
+    assert_close(features.grad.double(), exact.grad, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
 def test_features_stop_at_the_last_layer_with_a_weight():
     torch.manual_seed(0)
     state = {}
@@ -247,6 +260,26 @@ def test_circular_padding_leaves_no_seam(size):
     step = size // 8
     expected = texture(h).roll((3 * step, 2 * step), (2, 3))
     assert_close(texture(h.roll((3, 2), (2, 3))), expected)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+def test_attention_and_its_gradients_are_the_formula(dtype, tolerance):
+    """Logits of some 100, which bfloat16 would round by up to 0.25, as autocast does elsewhere."""
+    torch.manual_seed(0)
+    query = 10 * torch.rand(3, 9, 4)
+    key = 10 * torch.rand(3, 5, 4)
+    value = torch.randn(3, 5, 7)
+    parts = [part.to(dtype).requires_grad_() for part in (query, key, value)]
+    exact = [part.detach().double().requires_grad_() for part in parts]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(*parts)
+    expected = (exact[0] @ exact[1].transpose(1, 2)).softmax(2) @ exact[2]
+    weights = torch.randn(3, 9, 7).to(dtype)
+    found_gradients = torch.autograd.grad(found, parts, weights)
+    expected_gradients = torch.autograd.grad(expected, exact, weights.double())
+    for one, other in zip((found, *found_gradients), (expected, *expected_gradients)):
+        assert one.dtype == dtype
+        assert (one - other).abs().max() < tolerance * other.abs().max()
 
 
 def test_shuffling_rolls_each_image_by_its_own_offsets():

@@ -7,9 +7,11 @@ import json
 import math
 import os
 import pickle
+import platform
 import random
 import resource
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -20,7 +22,7 @@ import torch
 from PIL import Image
 
 import train_cgn
-from conftest import SMALL_IMAGENET, SOAK, check_kills, contents, load, run, same, start
+from conftest import ROOT, SMALL_IMAGENET, SOAK, check_kills, contents, load, run, same, start
 from data.checkpoints import Training, find_checkpoint, finite_step, mend_statistics
 from data.imagenet import Images, counterfactual_images, make_transform
 from data.mnist import load_textures
@@ -560,6 +562,31 @@ def watch(script, flags, seconds=1.0):
     process.join()
     assert process.exitcode == 0
     return torch.tensor(seen[len(seen) // 3 :], dtype=torch.float64)
+
+
+FAULTS = """
+import resource, torch
+from data import runs
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        torch.ones(2**24)  # 64 MB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+print(faults())
+runs.pick_device("cpu")
+faults()  # until the heap has grown to its size
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep it")
+def test_large_tensors_on_a_cpu_take_the_memory_of_the_last_ones():
+    python = [sys.executable, "-c", FAULTS]
+    done = subprocess.run(python, cwd=ROOT, capture_output=True, text=True, check=True)
+    given_back, kept = map(int, done.stdout.split())
+    assert kept < given_back / 10
 
 
 LONG_RUNS = {

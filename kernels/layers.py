@@ -48,8 +48,28 @@ def upsampling_kernel(weight):
     return kernel.unflatten(1, (4, 4)).permute(0, 3, 1, 2)
 
 
+def pad_borders(x):
+    """F.pad(x, [1, 1, 1, 1], mode="circular"), channels last: (N, C, H + 2, W + 2)."""
+    x = x.permute(0, 2, 3, 1)[None]  # F.pad returns what is contiguous in this order
+    x = F.pad(x, [0, 0, 1, 1, 1, 1], mode="circular")
+    return x[0].permute(0, 3, 1, 2)
+
+
+def fold_borders(x):
+    """Add each border of x, 1 wide, where circular padding takes it from: on the other side.
+
+    (N, C, H + 2, W + 2) -> (N, C, H, W). It is what gradients of circular padding go through.
+    """
+    x = x.clone()
+    x[..., 1, :] += x[..., -1, :]
+    x[..., -2, :] += x[..., 0, :]
+    x[..., 1] += x[..., -1]
+    x[..., -2] += x[..., 0]
+    return x[..., 1:-1, 1:-1].clone()  # what follows is slow if there are gaps between rows
+
+
 class CircularPad(torch.autograd.Function):
-    """F.pad(x, [1, 1, 1, 1], mode="circular"): (N, C, H, W) -> (N, C, H + 2, W + 2).
+    """pad_borders(x), whose derivative is fold_borders.
 
     PyTorch's derivative fills a whole image with zeros for each border, and made the training of
     textures take 1.4 times as long on a CPU.
@@ -57,16 +77,23 @@ class CircularPad(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        return F.pad(x, [1, 1, 1, 1], mode="circular")
+        return pad_borders(x)
 
     @staticmethod
     def backward(ctx, gradient):
-        gradient = gradient.clone()
-        gradient[..., 1, :] += gradient[..., -1, :]
-        gradient[..., -2, :] += gradient[..., 0, :]
-        gradient[..., 1] += gradient[..., -1]
-        gradient[..., -2] += gradient[..., 0]
-        return gradient[..., 1:-1, 1:-1]
+        return fold_borders(gradient)
+
+
+class CircularFold(torch.autograd.Function):
+    """fold_borders(x), whose derivative is pad_borders."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return fold_borders(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return pad_borders(gradient)
 
 
 class PaddedConv2d(nn.Conv2d):
@@ -86,12 +113,13 @@ def upsample_conv2d(x, kernel, bias=None, padding_mode="zeros"):
     different input pixels, so a transposed 4 x 4 convolution with summed taps gives the same result
     with 4/9 of the multiplications, and the upsampled image is never written to memory.
     """
-    padding = 1
-    if padding_mode == "circular":
-        x = CircularPad.apply(x)  # (N, C, H + 2, W + 2)
-        padding = 3  # leaves out the 2 output pixels that each of these makes
     x = x.contiguous(memory_format=torch.channels_last)  # up to three times as fast on a CPU
-    return F.conv_transpose2d(x, kernel, bias, stride=2, padding=padding)
+    if padding_mode == "zeros":
+        return F.conv_transpose2d(x, kernel, bias, stride=2, padding=1)
+    # Uncut, the result has a border that belongs on the other side. Padding x instead would take
+    # twice the time on a CPU: there are more pixels, and what they make in vain has to be cut.
+    y = CircularFold.apply(F.conv_transpose2d(x, kernel, stride=2))
+    return y if bias is None else y + bias[:, None, None]
 
 
 class UpsampleConv2d(nn.Conv2d):

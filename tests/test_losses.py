@@ -228,11 +228,38 @@ def test_features_stop_at_the_last_layer_with_a_weight():
 def test_upsampling_convolution_equals_upsampling_then_convolution(padding):
     torch.manual_seed(0)
     layer = UpsampleConv2d(5, 4, 3, padding=1, padding_mode=padding).double()
-    x = torch.randn(2, 5, 6, 3, dtype=torch.float64)
-    upsampled = F.interpolate(x, scale_factor=2, mode="nearest")
     convolution = nn.Conv2d(5, 4, 3, padding=1, padding_mode=padding).double()
     convolution.load_state_dict(layer.state_dict())
-    assert_close(layer(x), convolution(upsampled))
+    for height, width in ((1, 2), (6, 3)):
+        x = torch.randn(2, 5, height, width, dtype=torch.float64, requires_grad=True)
+        upsampled = F.interpolate(x, scale_factor=2, mode="nearest")
+        assert_close(layer(x), convolution(upsampled))
+
+        weight = torch.randn(2, 4, 2 * height, 2 * width, dtype=torch.float64)
+        gradients = torch.autograd.grad(layer(x), (x, *layer.parameters()), weight)
+        inputs = (x, *convolution.parameters())
+        expected = torch.autograd.grad(convolution(upsampled), inputs, weight)
+        for gradient, other in zip(gradients, expected):
+            assert_close(gradient, other)
+
+
+def test_circular_layers_keep_channels_last():
+    """In any other layout the norms and activations between them take several times as long."""
+    x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    convolution = PaddedConv2d(4, 4, 3, padding=1, padding_mode="circular")
+    upsampling = UpsampleConv2d(4, 4, 3, padding=1, padding_mode="circular")
+    layouts = []
+
+    def note(tensor):
+        layouts.append(tensor.is_contiguous(memory_format=torch.channels_last))
+
+    for layer in (convolution, upsampling):
+        h = x * 1
+        h.register_hook(note)
+        y = layer(h)
+        note(y)
+        y.backward(torch.ones_like(y))
+    assert layouts == [True] * 4
 
 
 @pytest.mark.parametrize("padding", ["zeros", "circular"])

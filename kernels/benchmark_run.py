@@ -133,7 +133,8 @@ def time_generation(args):
         def draw():
             generate.imagenet_images(cgn, z, y, 0.5)["counterfactual"].cpu()
     else:
-        cgn = train_cgn.MnistCGN().eval().to(device, memory_format=torch.channels_last)
+        cgn = train_cgn.MnistCGN(texture_padding="circular").eval()
+        cgn = cgn.to(device, memory_format=torch.channels_last)
         settings = generate.Settings(0, 1, 0.05, False, "")
         n = args.batch_size or 2000
 

@@ -49,10 +49,11 @@ def upsampling_kernel(weight):
 
 
 def pad_borders(x):
-    """F.pad(x, [1, 1, 1, 1], mode="circular"), channels last: (N, C, H + 2, W + 2)."""
-    x = x.permute(0, 2, 3, 1)[None]  # F.pad returns what is contiguous in this order
-    x = F.pad(x, [0, 0, 1, 1, 1, 1], mode="circular")
-    return x[0].permute(0, 3, 1, 2)
+    """F.pad(x, [1, 1, 1, 1], mode="circular"), but channels last: (N, C, H + 2, W + 2)."""
+    x = x.permute(0, 2, 3, 1)  # (N, H, W, C), which torch.cat leaves in this order
+    x = torch.cat([x[:, -1:], x, x[:, :1]], 1)
+    x = torch.cat([x[:, :, -1:], x, x[:, :, :1]], 2)
+    return x.permute(0, 3, 1, 2)
 
 
 def fold_borders(x):
@@ -61,10 +62,10 @@ def fold_borders(x):
     (N, C, H + 2, W + 2) -> (N, C, H, W). It is what gradients of circular padding go through.
     """
     x = x.clone()
-    x[..., 1, :] += x[..., -1, :]
-    x[..., -2, :] += x[..., 0, :]
-    x[..., 1] += x[..., -1]
-    x[..., -2] += x[..., 0]
+    x[..., 1, :].add_(x[..., -1, :])
+    x[..., -2, :].add_(x[..., 0, :])
+    x[..., 1].add_(x[..., -1])
+    x[..., -2].add_(x[..., 0])
     return x[..., 1:-1, 1:-1].clone()  # what follows is slow if there are gaps between rows
 
 

@@ -199,13 +199,6 @@ def all_launches(every_config):
     return list(launches.values())
 
 
-def typical_launches(launches):
-    """Those in bfloat16, and those of kernels that never see it."""
-    in_bf16 = [launch for launch in launches if "bf16" in str(launch.signature)]
-    kernels = {launch.kernel for launch in in_bf16}
-    return in_bf16 + [launch for launch in launches if launch.kernel not in kernels]
-
-
 # --------------------------------------------------------------------------------------------------
 # Compiling them
 
@@ -248,7 +241,7 @@ def parse_args():
         "--all",
         action="store_true",
         help="compile every configuration that tuning may choose, not the default one alone, and "
-        "every type for every generation, not bf16 alone for sm_80 and sm_100",
+        "every dtype and layout, not bf16 channels last alone for sm_80 and sm_100",
     )
     return parser.parse_args()
 
@@ -258,7 +251,7 @@ def main():
     launches = all_launches(every_config=args.all)
     print(f"triton {triton.__version__}; registers, spilled bytes and shared memory in KiB")
     failed = False
-    typical = typical_launches(launches)
+    typical = record_launches(args.all, dtype=torch.bfloat16, channels_last=True)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         jobs = []
         for launch in launches:

@@ -1804,7 +1804,7 @@ def imagenet_flags(parser, preset):
     group.add_argument("--compile", action="store_true", help="torch.compile the mechanisms")
     group.add_argument(
         "--graph", choices=["auto", "off"], default="off",
-        help="record a batch as a CUDA graph; auto: on a GPU. Not tried on one yet",
+        help="record a batch as a CUDA graph; auto: on a GPU",
     )
 
     parser.set_defaults(**FULL_DEFAULTS)

@@ -1803,7 +1803,7 @@ def imagenet_flags(parser, preset):
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the mechanisms")
     group.add_argument(
-        "--graph", choices=["auto", "off"], default="off",
+        "--graph", choices=["auto", "off"], default="auto",
         help="record a batch as a CUDA graph; auto: on a GPU",
     )
 

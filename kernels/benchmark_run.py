@@ -1,7 +1,7 @@
 """Time whole training steps and generated images as the scripts run them, by kind of kernels.
 
     python kernels/benchmark_run.py --dataset colored_mnist
-    python kernels/benchmark_run.py --dataset imagenet --variants eager triton compile
+    python kernels/benchmark_run.py --dataset imagenet --variants eager triton graph
     python kernels/benchmark_run.py --dataset imagenet --preset small --device cpu --rounds 1
 
 Random networks and synthetic digits, at the sizes that training has. train_cgn.py itself is run,
@@ -26,15 +26,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402  (needs the path above)
 import train_cgn  # noqa: E402
 from data import checkpoints, mnist, runs  # noqa: E402
-from kernels import power_iteration  # noqa: E402
+from kernels import graphs, power_iteration  # noqa: E402
 
 VARIANTS = {
     "eager": ["--kernels", "eager"],
     "triton": ["--kernels", "triton"],
-    "compile": ["--kernels", "auto", "--compile"],  # ImageNet's mechanisms
     "graph": ["--kernels", "auto", "--graph", "auto"],
+    "compile": ["--kernels", "auto", "--graph", "auto", "--compile"],  # ImageNet's mechanisms
 }
-WARMUP = 2  # rounds before timing begins
+WARMUP = graphs.EAGER_CALLS + 1  # rounds before timing begins: in the last, graphs are recorded
 COLUMNS = ("what", "variant", "images/s", "ms a batch", "peak GB", "TFLOP/s", "of matmul")
 
 

@@ -63,7 +63,8 @@ class GraphedStep:
         """The graph, the tensors it reads, and the names and values of what it computes."""
         static_inputs = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Other threads may go on meanwhile, as NCCL's, which asks after its own work.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = self.function(*static_inputs, **kind)
             values = torch.stack([value.float() for value in results.values()])
         return graph, static_inputs, list(results), values

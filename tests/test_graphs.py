@@ -63,7 +63,7 @@ def recordings(monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(torch.cuda, "CUDAGraph", make)
-    monkeypatch.setattr(torch.cuda, "graph", lambda recording: recording)
+    monkeypatch.setattr(torch.cuda, "graph", lambda recording, **_: recording)
     return made
 
 
@@ -250,11 +250,19 @@ def test_a_graphed_classifier_is_the_eager_one(recordings, monkeypatch, tmp_path
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_graphs_of_a_gpu(tmp_path):
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--dataset colored_mnist --warmup 20 --max-steps 60 --segmenter-steps 0",
+        "--dataset imagenet --preset small --max-steps 6 --accumulate 2",
+        "--dataset imagenet --preset small --max-steps 6 --accumulate 2 --recompute",
+    ],
+)
+def test_graphs_of_a_gpu(tmp_path, flags):
     """Losses of a training with graphs are those of one without."""
-    flags = "--dataset colored_mnist --offline --warmup 20 --max-steps 60 --segmenter-steps 0"
     found = []
     for graph in ("off", "auto"):
-        run("train_cgn.py", *flags.split(), "--graph", graph, "--out", tmp_path / graph)
-        found.append(losses(tmp_path / graph)[-1])
+        out = tmp_path / graph
+        run("train_cgn.py", *flags.split(), "--offline", "--graph", graph, "--out", out)
+        found.append(losses(out)[-1])
     assert found[0] == pytest.approx(found[1], rel=0.02, abs=1e-3)

@@ -31,6 +31,7 @@ from data import checkpoints, download, folders, imagenet, mnist, pictures, runs
 from data.weights import ConvNormReLU, U2Net, VGG16Features
 from kernels import (
     GraphedStep,
+    InstanceNorm2d,
     PaddedConv2d,
     UpsampleConv2d,
     accumulation_type,
@@ -284,12 +285,12 @@ def shape_mechanism(ngf, size=32):
     layers = [
         nn.Linear(LATENT + EMBEDDING, 2 * ngf * 8 * 8),
         nn.Unflatten(1, (2 * ngf, 8, 8)),
-        nn.InstanceNorm2d(2 * ngf),
+        InstanceNorm2d(2 * ngf),
     ]
     for _ in range(doublings(size)):
-        layers += [*upsampled(2 * ngf, 2 * ngf), nn.InstanceNorm2d(2 * ngf)]
-    layers += [*upsampled(2 * ngf, ngf), nn.InstanceNorm2d(ngf)]  # (N, ngf, size / 2, size / 2)
-    layers += [*upsampled(ngf, 1), nn.InstanceNorm2d(1)]  # (N, 1, size, size)
+        layers += [*upsampled(2 * ngf, 2 * ngf), InstanceNorm2d(2 * ngf)]
+    layers += [*upsampled(2 * ngf, ngf), InstanceNorm2d(ngf)]  # (N, ngf, size / 2, size / 2)
+    layers += [*upsampled(ngf, 1), InstanceNorm2d(1)]  # (N, 1, size, size)
     return nn.Sequential(*layers)
 
 
@@ -596,6 +597,7 @@ def adversarial_loss(args, realness, target):
     """Realness (N, 1) against the target 1 or 0: least squares (Mao et al. 2017), as published, or
     logistic (Goodfellow et al. 2014).
     """
+    realness = realness.float()
     targets = torch.full_like(realness, target)
     if args.adversarial == "squares":
         return F.mse_loss(realness, targets)
@@ -857,14 +859,16 @@ def mnist_step(args, training, data, vgg, bf16, index, decay, *, warming_up, sty
     offsets = torch.randint(cgn.size, (2, n, 2), device=device)
 
     # Generator
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    judge = autocast(discriminator.forward)
     discriminator.requires_grad_(False)
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+    with autocast:
         mask, foreground, background = cgn(z, y_gen)
     foreground = shuffle_patches(foreground, offsets[0])
     background = shuffle_patches(background, offsets[1])
     mechanisms = (mask, foreground, background)
     losses, x_gen, mask_mean = generator_losses(
-        args, vgg, discriminator, mechanisms, x_gt, y_gen, warming_up, style
+        args, vgg, judge, mechanisms, x_gt, y_gen, warming_up, style
     )
     loss = sum(losses.values())
     optimizer.zero_grad(set_to_none=True)
@@ -874,7 +878,7 @@ def mnist_step(args, training, data, vgg, bf16, index, decay, *, warming_up, sty
     # Discriminator
     if not warming_up:
         discriminator.requires_grad_(True)
-        loss = discriminator_loss(args, discriminator, x_gt, y_gt, x_gen.detach(), y_gen, penalty)
+        loss = discriminator_loss(args, judge, x_gt, y_gt, x_gen.detach(), y_gen, penalty)
         discriminator_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         skipped = skipped + checkpoints.finite_step(discriminator_optimizer, loss)
@@ -933,7 +937,7 @@ def train_mnist(args, device):
     cgn.to(device)
     average.to(device)
     discriminator = DISCRIMINATORS[args.discriminator](args.ndf, len(data.names), data.size)
-    discriminator.to(device)
+    discriminator.to(device, memory_format=torch.channels_last)
 
     # Optimizers
     optimizer = torch.optim.Adam(generator_groups(cgn, args), betas=(0.5, 0.999), fused=True)

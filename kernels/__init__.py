@@ -27,6 +27,7 @@ from kernels.eager import (
 )
 from kernels.graphs import GraphedStep, set_rate
 from kernels.layers import (
+    InstanceNorm2d,
     PaddedConv2d,
     UpsampleConv2d,
     attention,
@@ -43,6 +44,7 @@ from kernels.layers import (
 __all__ = [
     "CompositeLosses",
     "GraphedStep",
+    "InstanceNorm2d",
     "MaskEntropy",
     "PaddedConv2d",
     "StyleLoss",

@@ -140,15 +140,17 @@ def train_step(state, level):
     y = state.y
 
     # Generator
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=level >= BF16)
+    judge = autocast(state.discriminator.forward)
     state.discriminator.requires_grad_(False)
-    with torch.autocast("cpu", torch.bfloat16, enabled=level >= BF16):
+    with autocast:
         mask, foreground, background = state.cgn(state.z, y)
     foreground = shuffle_patches(foreground, state.offsets[0])
     background = shuffle_patches(background, state.offsets[1])
     losses, x_gen, _ = train_cgn.generator_losses(
         args,
         None,
-        state.discriminator,
+        judge,
         (mask, foreground, background),
         state.x_gt,
         y,
@@ -166,11 +168,11 @@ def train_step(state, level):
     state.discriminator_optimizer.zero_grad()
     if level >= ONE_PASS:
         loss = train_cgn.discriminator_loss(
-            args, state.discriminator, state.x_gt, y, x_gen, y, penalty=False
+            args, judge, state.x_gt, y, x_gen, y, penalty=False
         )
     else:
-        real = state.discriminator(state.x_gt, y)
-        fake = state.discriminator(x_gen, y)
+        real = judge(state.x_gt, y)
+        fake = judge(x_gen, y)
         loss = ((real - 1).square().mean() + fake.square().mean()) / 2
     loss.backward()
     state.discriminator_optimizer.step()

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from kernels.layers import without_autocast
+from kernels.layers import ChannelsLastGradient, without_autocast
 
 try:
     from kernels import affine, composite, gram, patches, pointwise, resize
@@ -430,7 +430,12 @@ def affine_convolution(x, gain_and_shift, weight, residual=None, *, backend="aut
     if use_triton(backend, *tensors):
         return pointwise.AffineConvolution.apply(x, gain_and_shift, weight, residual)
 
-    y = F.conv2d(affine_relu(x, gain_and_shift, backend="eager"), weight)
+    y = affine_relu(x, gain_and_shift, backend="eager")
+    if y.is_contiguous(memory_format=torch.channels_last):
+        # On a CPU a product is up to seven times as fast as a convolution of few pixels.
+        y = F.linear(y.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
+    else:
+        y = F.conv2d(y, weight)
     if residual is not None:
         # In this order of dimensions, the gradient is channels last as well.
         residual = residual.permute(0, 2, 3, 1)[..., : len(weight)].permute(0, 3, 1, 2)
@@ -501,7 +506,8 @@ def enlarge(x, size, *, backend="auto"):
     with without_autocast(x):
         if use_triton(backend, x):
             return resize.Enlarge.apply(x, size)
-        return F.interpolate(x, size, mode="bilinear", align_corners=True)
+        large = F.interpolate(x, size, mode="bilinear", align_corners=True)
+        return ChannelsLastGradient.apply(large)
 
 
 def max_pool(x, *, ceil_mode=False, backend="auto"):

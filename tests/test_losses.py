@@ -13,12 +13,14 @@ import generate
 import train_cgn
 from data import weights
 from kernels import (
+    InstanceNorm2d,
     PaddedConv2d,
     StyleLoss,
     UpsampleConv2d,
     attention,
     composite_losses,
     eager,
+    enlarge,
     gram_matrix,
     shuffle_patches,
     style_loss,
@@ -260,6 +262,28 @@ def test_circular_layers_keep_channels_last():
         note(y)
         y.backward(torch.ones_like(y))
     assert layouts == [True] * 4
+
+
+def test_gradients_become_channels_last_again():
+    """Behind what is contiguous, the derivatives of channels-last layers would be slow on a CPU."""
+    offsets = torch.zeros(2, 2, dtype=torch.int64)
+    functions = {
+        "norm": InstanceNorm2d(4),
+        "shuffling": lambda x: shuffle_patches(x, offsets),
+        "enlargement": lambda x: enlarge(x, (12, 12)),
+    }
+    x = torch.randn(2, 4, 6, 6).to(memory_format=torch.channels_last).requires_grad_()
+    layouts = {}
+    for name, function in functions.items():
+
+        def note(gradient, name=name):
+            layouts[name] = gradient.is_contiguous(memory_format=torch.channels_last)
+
+        h = x * 1
+        h.register_hook(note)
+        y = function(h)
+        y.backward(torch.ones(y.shape))
+    assert layouts == dict.fromkeys(functions, True)
 
 
 @pytest.mark.parametrize("padding", ["zeros", "circular"])

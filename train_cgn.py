@@ -597,7 +597,7 @@ def adversarial_loss(args, realness, target):
     """Realness (N, 1) against the target 1 or 0: least squares (Mao et al. 2017), as published, or
     logistic (Goodfellow et al. 2014).
     """
-    realness = realness.float()
+    realness = realness.float()  # autocast leaves bfloat16
     targets = torch.full_like(realness, target)
     if args.adversarial == "squares":
         return F.mse_loss(realness, targets)

@@ -40,7 +40,7 @@ from PIL import Image
 import train_cgn
 from data import checkpoints, download, folders, imagenet, mnist, pictures, runs
 from data.weights import load_network
-from kernels import compose, shuffle_patches
+from kernels import GraphedStep, compose, shuffle_patches
 
 # ==================================================================================================
 # MNIST
@@ -855,15 +855,20 @@ def write_pictures(cgn, args, allowed, photos, device):
     runs.wait_for_ranks()
 
     parts = [*args.save, "mask"] if photos else args.save
+
+    def draw_batch(z, y, photographs=None):
+        return imagenet_images(cgn, z, y, args.truncation, parts, photographs)
+
+    draw = GraphedStep(draw_batch, [], args.graph == "auto" and device.type == "cuda")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         pending = []
         for indices, missing, reading in read_ahead(missing_batches(args), photos, pool):
             z, y = sample_images(args.seed, indices, z_dim, allowed, photos)
+            inputs = [z.to(device), y.to(device)]
             loaded = [future.result() for future in reading]
-            photographs = stack_photographs(photos, loaded, device)
-            images = imagenet_images(
-                cgn, z.to(device), y.to(device), args.truncation, parts, photographs
-            )
+            if photos:
+                inputs.append(stack_photographs(photos, loaded, device))
+            images = draw(*inputs)
             images = {part: values.cpu() for part, values in images.items()}
             finish_pictures(args, pending)  # the batch before, written meanwhile
             pending = []
@@ -1175,6 +1180,10 @@ def parse_imagenet(parser, argv):
         "--shapes real, the photograph as cropped",
     )
     data.add_argument("--format", choices=["jpg", "png"], default="jpg", help="of the pictures")
+    data.add_argument(
+        "--graph", choices=["auto", "off"], default="auto",
+        help="record a batch as a CUDA graph; auto: on a GPU",
+    )
 
     morph = parser.add_argument_group("interpolation (with --interpolate)")
     morph.add_argument(

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import generate  # noqa: E402  (needs the path above)
 import train_cgn  # noqa: E402
 from data import checkpoints, mnist, runs  # noqa: E402
-from kernels import graphs, power_iteration  # noqa: E402
+from kernels import GraphedStep, graphs, power_iteration  # noqa: E402
 
 VARIANTS = {
     "eager": ["--kernels", "eager"],
@@ -130,8 +130,13 @@ def time_generation(args):
         z = torch.randn(n, cgn.f_shape.z_dim, device=device)
         y = torch.randint(1000, (n, 3), device=device)
 
+        def draw_batch(z, y):
+            return generate.imagenet_images(cgn, z, y, 0.5)
+
+        graphed = GraphedStep(draw_batch, [], device.type == "cuda")
+
         def draw():
-            generate.imagenet_images(cgn, z, y, 0.5)["counterfactual"].cpu()
+            graphed(z, y)["counterfactual"].cpu()
     else:
         cgn = train_cgn.MnistCGN(texture_padding="circular").eval()
         cgn = cgn.to(device, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs.
+"""Training steps and drawn batches as CUDA graphs.
 
 A step of a small network is hundreds of launches, and Python takes longer over each than a GPU. A
 CUDA graph records them once and replays them all with one call. This file can be copied alone.
@@ -13,12 +13,12 @@ EAGER_CALLS = 3
 
 
 class GraphedStep:
-    """A training step that is recorded as a CUDA graph and replayed.
+    """A training step, or another function, that is recorded as a CUDA graph and replayed.
 
         step = GraphedStep(function, optimizers, enabled=device.type == "cuda")
         losses = step(index, decay, penalty=True)
 
-    function: takes tensors, and keywords that settle which operations run; returns tensors () by
+    function: takes tensors, and keywords that settle which operations run; returns tensors by
         name, detached. A graph is recorded for each combination of keywords and shapes. It holds
         launches and addresses, nothing of Python: whatever changes from step to step has to be a
         tensor that the function is given or changes in place. Random numbers come from the
@@ -57,7 +57,9 @@ class GraphedStep:
         for static, value in zip(static_inputs, inputs):
             static.copy_(value)
         graph.replay()
-        return dict(zip(names, values.clone().unbind()))
+        results = [torch.empty_like(value) for value in values]
+        torch._foreach_copy_(results, values)
+        return dict(zip(names, results))
 
     def record(self, inputs, kind):
         """The graph, the tensors it reads, and the names and values of what it computes."""
@@ -66,8 +68,7 @@ class GraphedStep:
         # Other threads may go on meanwhile, as NCCL's, which asks after its own work.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = self.function(*static_inputs, **kind)
-            values = torch.stack([value.float() for value in results.values()])
-        return graph, static_inputs, list(results), values
+        return graph, static_inputs, list(results), list(results.values())
 
 
 def set_rate(group, rate):

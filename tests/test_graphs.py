@@ -15,7 +15,9 @@ import torch
 from conftest import load, run, same
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torchvision.io import decode_image
 
+import generate
 import train_cgn
 import train_classifier
 from data import mnist
@@ -41,7 +43,7 @@ class Recording(TorchDispatchMode):
         self.calls.append((operator, args, kwargs, result))
         return result
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def replay(self):
         self.replays += 1
         if self.replays == 1:
@@ -249,6 +251,27 @@ def test_a_graphed_classifier_is_the_eager_one(recordings, monkeypatch, tmp_path
     assert found[0]["metrics"] == found[1]["metrics"]
 
 
+def test_graphed_pictures_are_eager_ones(recordings, monkeypatch, tmp_path, small_cgn):
+    monkeypatch.setattr(graphs, "EAGER_CALLS", 1)
+    flags = "--dataset imagenet --device cpu --n 8 --batch-size 2 --format png"
+    flags += f" --save counterfactual mask --weights {small_cgn / 'weights.pt'}"
+    found = []
+    for graphed in (False, True):
+
+        def step(function, optimizers, enabled):
+            return GraphedStep(function, optimizers, graphed)
+
+        monkeypatch.setattr(generate, "GraphedStep", step)
+        out = tmp_path / str(graphed)
+        args = generate.parse_args([*flags.split(), "--out", str(out)])
+        generate.generate_imagenet(args, torch.device("cpu"))
+        files = sorted(out.glob("*/*.png"))
+        found.append({file.relative_to(out): file.read_bytes() for file in files})
+    assert [recording.replays for recording in recordings] == [3]
+    assert found[0] == found[1] and len(found[0]) == 16
+    assert len(set(found[0].values())) == 16
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize(
     "flags",
@@ -266,3 +289,16 @@ def test_graphs_of_a_gpu(tmp_path, flags):
         run("train_cgn.py", *flags.split(), "--offline", "--graph", graph, "--out", out)
         found.append(losses(out)[-1])
     assert found[0] == pytest.approx(found[1], rel=0.02, abs=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_graphed_pictures_of_a_gpu(tmp_path, small_cgn):
+    flags = ["--dataset", "imagenet", "--weights", small_cgn / "weights.pt", "--format", "png"]
+    found = []
+    for graph in ("off", "auto"):
+        out = tmp_path / graph
+        run("generate.py", *flags, "--n", 40, "--batch-size", 8, "--graph", graph, "--out", out)
+        files = sorted((out / "counterfactual").iterdir())
+        found.append(torch.stack([decode_image(file).float() for file in files]))
+    assert len(found[0]) == 40
+    assert (found[0] - found[1]).abs().mean() < 0.1  # of 255 levels

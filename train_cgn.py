@@ -212,10 +212,12 @@ TUNED = {
         style_weights=[0.01, 0.05, 0.0, 0.01],
     ),
 }
-TUNED["images"] = TUNED["wildlife_mnist"]
+# An object may fill more of a photograph than a digit of its image.
+TUNED["images"] = TUNED["wildlife_mnist"] | dict(mask_gain=2.0)
 # Defaults of --preset published: the losses and settings of the published code.
 PUBLISHED_COMMON = dict(
     texture_padding="zeros",
+    mask_gain=1.0,
     adversarial="squares",
     r1=0.0,
     style_every=1,
@@ -311,11 +313,13 @@ class MnistCGN(nn.Module):
         names=mnist.NAMES,
         size=32,
         texture_padding="zeros",
+        mask_gain=1.0,
     ):
         super().__init__()
         self.names = names  # of the classes
         self.size = size
         self.texture_padding = texture_padding
+        self.mask_gain = mask_gain
         self.z_dim = LATENT
         self.label_emb = nn.Embedding(len(names), EMBEDDING)
         self.f_shape = shape_mechanism(ngf, size)
@@ -333,7 +337,10 @@ class MnistCGN(nn.Module):
     def mask(self, z, y):
         """(N, 1, size, size) in [0.0001, 0.9999]."""
         # No sigmoid, as published: the last InstanceNorm spreads the mask, and the clamp cuts it.
-        return self.f_shape(self.inputs(z, y)).float().clamp(1e-4, 1 - 1e-4)
+        # Its variance is 1: an object that fills the share p of an image has at most the value
+        # gain * sqrt((1 - p) / p) everywhere, so that without a gain one of p > 1/2 is transparent.
+        mask = self.mask_gain * self.f_shape(self.inputs(z, y)).float()
+        return mask.clamp(1e-4, 1 - 1e-4)
 
     def foreground(self, z, y):
         """(N, 3, size, size) in [-1, 1], before shuffling."""
@@ -512,6 +519,7 @@ def load_generator(path, *, raw=False):
         names=names,
         size=args.get("image_size", 32),
         texture_padding=args.get("texture_padding", "zeros"),
+        mask_gain=args.get("mask_gain", 1.0),
     )
     cgn.load_state_dict(weights.check_state_dict(state, cgn.state_dict(), path))
     return cgn.eval(), args
@@ -710,6 +718,11 @@ def mnist_flags(parser, variant, preset):
         "--texture-padding", choices=["circular", "zeros"], default="circular",
         help="at the borders of textures, which are shifted cyclically: circular leaves no seam; "
         "with --weights, as theirs",
+    )
+    group.add_argument(
+        "--mask-gain", type=runs.non_negative_float, default=1.0,
+        help="factor of masks before they are cut to [0, 1]; with 1, objects that fill more than "
+        "half of an image stay transparent; with --weights, as theirs",
     )
 
     group = parser.add_argument_group("MNIST: losses")
@@ -915,6 +928,7 @@ def train_mnist(args, device):
         cgn, _ = load_generator(args.weights)
         cgn.train()
         args.texture_padding = cgn.texture_padding
+        args.mask_gain = cgn.mask_gain
         if (cgn.size, cgn.names) != (data.size, data.names):
             raise runs.UserError(
                 f"--weights {args.weights}: of {len(cgn.names)} classes at {cgn.size} x {cgn.size} "
@@ -929,9 +943,13 @@ def train_mnist(args, device):
             data.names,
             data.size,
             args.texture_padding,
+            args.mask_gain,
         )
     average = MnistCGN(
-        names=data.names, size=data.size, texture_padding=args.texture_padding
+        names=data.names,
+        size=data.size,
+        texture_padding=args.texture_padding,
+        mask_gain=args.mask_gain,
     ).requires_grad_(False)
     average.load_state_dict(cgn.state_dict())
     cgn.to(device)

@@ -26,7 +26,7 @@ FREE = frozenset(
     " n start interpolate to frames".split()
 )
 # What runs did before there was a flag, if that is not what its default says.
-FORMER = {"texture_padding": "zeros"}
+FORMER = {"texture_padding": "zeros", "mask_gain": 1.0}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -365,6 +365,8 @@ def test_chain(png_digits, tmp_path):
     run("train_cgn.py", *sized, *training, "--out", tmp_path / "cgn")
     for name in ("weights.pt", "sheet.png", "segmentation.png", "segmenter.json"):
         assert (tmp_path / "cgn" / name).is_file()
+    cgn, args = train_cgn.load_generator(tmp_path / "cgn" / "weights.pt")
+    assert cgn.mask_gain == args["mask_gain"] == 2  # of the preset
 
     weights = ["--weights", tmp_path / "cgn" / "weights.pt"]
     run("generate.py", *weights, "--n", 20, "--format", "png", "--out", tmp_path / "cf")

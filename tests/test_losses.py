@@ -342,6 +342,21 @@ def test_shuffling_rolls_each_image_by_its_own_offsets():
     assert (images.grad == 1).all()
 
 
+@pytest.mark.parametrize("gain", [1, 2])
+def test_large_objects_are_opaque_with_a_mask_gain(gain):
+    """The last norm of the shape mechanism gives a mask the mean 0 and the variance 1."""
+    share = 0.6
+    premask = torch.zeros(1, 1, 40, 40)
+    premask[..., : int(share * 40), :] = 1
+    cgn = train_cgn.MnistCGN(mask_gain=gain)
+    norm = cgn.f_shape[-1]
+    cgn.f_shape.forward = lambda _: norm(premask)
+    mask = cgn.mask(torch.zeros(1, 32), torch.zeros(1, dtype=torch.int64))
+    expected = min(gain * ((1 - share) / share) ** 0.5, 1 - 1e-4)
+    assert_close(mask[premask > 0], torch.full((960,), expected), rtol=0, atol=1e-4)
+    assert (mask[premask == 0] == 1e-4).all()
+
+
 # --------------------------------------------------------------------------------------------------
 # Losses of MNIST
 

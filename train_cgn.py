@@ -287,7 +287,7 @@ def shape_mechanism(ngf, size=32):
     layers = [
         nn.Linear(LATENT + EMBEDDING, 2 * ngf * 8 * 8),
         nn.Unflatten(1, (2 * ngf, 8, 8)),
-        InstanceNorm2d(2 * ngf),
+        nn.InstanceNorm2d(2 * ngf),
     ]
     for _ in range(doublings(size)):
         layers += [*upsampled(2 * ngf, 2 * ngf), InstanceNorm2d(2 * ngf)]

@@ -69,6 +69,15 @@ def recordings(monkeypatch):
     return made
 
 
+def graph_or_not(monkeypatch, script, graphed):
+    """Let a script's steps be graphs, or not, whatever its device."""
+
+    def step(function, optimizers, enabled):
+        return GraphedStep(function, optimizers, graphed)
+
+    monkeypatch.setattr(script, "GraphedStep", step)
+
+
 def fit_line(enabled, bad=()):
     """Weight and losses of 12 steps, two kinds of them, with a rate and an input that change."""
     torch.manual_seed(0)
@@ -135,14 +144,11 @@ def train(recordings, monkeypatch, tmp_path, digits_dir):
     """A training of so many steps, graphed or not, and its checkpoint."""
 
     def train(name, graphed, steps, dataset, *more):
-        def step(function, optimizers, enabled):
-            return GraphedStep(function, optimizers, graphed)
-
         def data(args, device):
             return mnist.load_variant(dataset, digits_dir, seed=0, device=device)[0]
 
         monkeypatch.setattr(graphs, "EAGER_CALLS", 1)
-        monkeypatch.setattr(train_cgn, "GraphedStep", step)
+        graph_or_not(monkeypatch, train_cgn, graphed)
         monkeypatch.setattr(train_cgn, "load_training_images", data)
         flags = ["--dataset", dataset, *FLAGS.split(), "--max-steps", str(steps)]
         args = train_cgn.parse_args([*flags, "--out", str(tmp_path / name), *more])
@@ -191,11 +197,7 @@ def test_graphed_batches_of_imagenet_are_eager_ones(recordings, monkeypatch, tmp
     monkeypatch.setattr(train_cgn, "load_imagenet_networks", lambda _: copy.deepcopy(networks))
     found = []
     for graphed in (False, True):
-
-        def step(function, optimizers, enabled):
-            return GraphedStep(function, optimizers, graphed)
-
-        monkeypatch.setattr(train_cgn, "GraphedStep", step)
+        graph_or_not(monkeypatch, train_cgn, graphed)
         args.out = tmp_path / str(graphed)
         args.out.mkdir()
         train_cgn.train_imagenet(args, torch.device("cpu"))
@@ -236,11 +238,7 @@ def test_a_graphed_classifier_is_the_eager_one(recordings, monkeypatch, tmp_path
     monkeypatch.setattr(graphs, "EAGER_CALLS", 1)
     found = []
     for graphed in (False, True):
-
-        def step(function, optimizers, enabled):
-            return GraphedStep(function, optimizers, graphed)
-
-        monkeypatch.setattr(train_classifier, "GraphedStep", step)
+        graph_or_not(monkeypatch, train_classifier, graphed)
         out = tmp_path / str(graphed)
         args = train_classifier.parse_args([*flags, "--out", str(out)])
         out.mkdir()
@@ -257,11 +255,7 @@ def test_graphed_pictures_are_eager_ones(recordings, monkeypatch, tmp_path, smal
     flags += f" --save counterfactual mask --weights {small_cgn / 'weights.pt'}"
     found = []
     for graphed in (False, True):
-
-        def step(function, optimizers, enabled):
-            return GraphedStep(function, optimizers, graphed)
-
-        monkeypatch.setattr(generate, "GraphedStep", step)
+        graph_or_not(monkeypatch, generate, graphed)
         out = tmp_path / str(graphed)
         args = generate.parse_args([*flags.split(), "--out", str(out)])
         generate.generate_imagenet(args, torch.device("cpu"))

@@ -493,13 +493,13 @@ def parse_mnist(parser, argv):
     """The arguments of a MNIST variant."""
     parser.add_argument(
         "--shapes", choices=["generated", "real"], default="generated",
-        help="of the counterfactuals: the generator's, or those that its segmenter finds in the "
-        "biased training images",
+        help="shapes of the counterfactuals: the generator's, or those that its segmenter finds in "
+        "the biased training images",
     )
     source = parser.add_argument_group("training images (with --shapes real)")
     source.add_argument(
         "--data-dir", type=Path, default=runs.DOWNLOADS,
-        help="folder with MNIST's files, fetched if missing; or with a generator's images",
+        help="folder with MNIST's files, downloaded if missing; or with a generator's images",
     )
     source.add_argument(
         "--textures", help="of wildlife MNIST: folder with object/ and background/, or 'dtd'"
@@ -1056,7 +1056,7 @@ def write_parts_sheet(cgn, args, allowed, photos, device):
 
 
 def find_weights(args):
-    """The file of --weights, or the authors' cgn.pth, fetched if need be and allowed."""
+    """The file of --weights, or the authors' cgn.pth, downloaded if need be and allowed."""
     if args.weights:
         return args.weights
     file = download.FILES["cgn"]
@@ -1066,7 +1066,7 @@ def find_weights(args):
     weights = download.find_file(file, args.weights_dir)
     if not weights:
         raise runs.UserError(
-            f"--offline: no cgn.pth in {args.weights_dir}; give --weights, or let it be fetched"
+            f"--offline: no cgn.pth in {args.weights_dir}; give --weights, or let it be downloaded"
         )
     return weights
 
@@ -1129,9 +1129,9 @@ def parse_imagenet(parser, argv):
     group = parser.add_argument_group("ImageNet")
     group.add_argument(
         "--weights-dir", type=Path, default=runs.DOWNLOADS,
-        help="folder with cgn.pth; fetched if missing",
+        help="folder with cgn.pth; downloaded if missing",
     )
-    group.add_argument("--offline", action="store_true", help="fetch nothing")
+    group.add_argument("--offline", action="store_true", help="download nothing")
     group.add_argument(
         "--start", type=runs.non_negative_int, default=0,
         help="index of the first image, to split a data set",
@@ -1142,12 +1142,12 @@ def parse_imagenet(parser, argv):
     )
     group.add_argument(
         "--shapes", choices=["generated", "real"], default="generated",
-        help="draw shapes, or cut out the objects of the photographs in --images",
+        help="the generator's shapes, or objects cut out of the photographs in --images",
     )
     group.add_argument(
         "--classes", nargs="+", metavar="CLASS",
-        help="draw from these alone: numbers, WNIDs, (parts of) English names, files with one in "
-        "each line, imagenette, imagenet-a; with --shapes real, take photographs of these alone",
+        help="draw from these alone: numbers, WNIDs, (parts of) English names, files with one per "
+        "line, imagenette, imagenet-a; with --shapes real, take photographs of these alone",
     )
     group.add_argument(
         "--shape", nargs="+", metavar="CLASS", help="draw the shape from these instead"
@@ -1158,11 +1158,11 @@ def parse_imagenet(parser, argv):
     )
     group.add_argument(
         "--truncation", type=runs.truncation, default=0.5,
-        help="of the latents, (0, 1]: less is less varied",
+        help="truncation of the latents, (0, 1]: less is less varied",
     )
     group.add_argument(
         "--amp", choices=["auto", "off", "bf16"], default="auto",
-        help="bf16 arithmetic; auto: where the hardware multiplies it",
+        help="bf16 arithmetic; auto: if the hardware has it",
     )
 
     data = parser.add_argument_group("data set (with --n)")
@@ -1191,7 +1191,7 @@ def parse_imagenet(parser, argv):
         help="go to class --to in one mechanism, in all, or in one after the other",
     )
     morph.add_argument("--to", metavar="CLASS", help="the class to go to")
-    morph.add_argument("--frames", type=runs.positive_int, default=9, help="of each leg of the way")
+    morph.add_argument("--frames", type=runs.positive_int, default=9, help="frames of each leg")
 
     parser.add_argument(
         "--score", type=int, metavar="N",
@@ -1306,10 +1306,13 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    device = runs.join_ranks(runs.pick_device(args.device))
     if args.dataset == "imagenet":
-        generate_imagenet(args, runs.join_ranks(runs.pick_device(args.device)))
+        generate_imagenet(args, device)
+    elif runs.rank_and_world_size()[1] > 1:
+        raise runs.UserError("several GPUs: only for --dataset imagenet; others fit one")
     else:
-        generate_mnist(args, runs.pick_device(args.device))
+        generate_mnist(args, device)
 
 
 if __name__ == "__main__":

@@ -123,24 +123,24 @@ def common_flags(parser):
     data = parser.add_argument_group("data and weights")
     data.add_argument(
         "--weights-dir", type=Path, default=runs.DOWNLOADS,
-        help="folder with pretrained networks; fetched if missing",
+        help="folder with pretrained networks; downloaded if missing",
     )
     data.add_argument(
         "--weights", type=Path, help="start from these generator weights, ours or published ones"
     )
     data.add_argument(
         "--offline", action="store_true",
-        help="fetch nothing: synthetic digits, random networks; no number of such a run says "
-        "anything about MNIST or ImageNet",
+        help="download nothing: synthetic digits, random networks; results then say nothing about "
+        "MNIST or ImageNet",
     )
 
-    losses = parser.add_argument_group("losses of both data sets")
+    losses = parser.add_argument_group("losses")
     losses.add_argument(
-        "--binary-weight", type=runs.non_negative_float, help="mask entropy in bits; 0: none"
+        "--binary-weight", type=runs.non_negative_float, help="weight of the mask's entropy in bits"
     )
     losses.add_argument(
         "--style-weights", type=runs.non_negative_float, nargs=4, metavar="W",
-        help="style loss at relu1_2, relu2_2, relu3_3, relu4_3 of VGG-16; 0: none",
+        help="weights of the style loss at relu1_2, relu2_2, relu3_3, relu4_3 of VGG-16",
     )
 
     run = parser.add_argument_group("run")
@@ -151,25 +151,25 @@ def common_flags(parser):
     )
     run.add_argument(
         "--max-steps", type=runs.non_negative_int,
-        help="all steps of the run; 0 with --weights on MNIST: train only their segmenter",
+        help="steps in total; 0 with --weights, not on ImageNet: train only their segmenter",
     )
     run.add_argument(
         "--batch-size", type=runs.positive_int, help="images in a batch, over all GPUs together"
     )
     run.add_argument("--ema", type=runs.fraction, help="decay of the generator's moving average")
     run.add_argument(
-        "--seed", type=runs.non_negative_int, default=0, help="same seed, same device: same run"
+        "--seed", type=runs.non_negative_int, default=0, help="on a CPU: same seed, same run"
     )
     run.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one"
     )
     run.add_argument(
         "--amp", choices=["auto", "off", "bf16"], default="auto",
-        help="bf16 arithmetic; auto: where the hardware multiplies it",
+        help="bf16 arithmetic; auto: if the hardware has it",
     )
     run.add_argument(
         "--kernels", choices=["auto", "triton", "eager"], default="auto",
-        help="composite and style loss; auto: Triton on a GPU, plain PyTorch elsewhere",
+        help="how kernels/ computes; auto: Triton on a GPU, plain PyTorch elsewhere",
     )
     run.add_argument("--log-every", type=runs.positive_int, help="steps between lines of the log")
     run.add_argument(
@@ -672,7 +672,7 @@ def mnist_flags(parser, variant, preset):
     Returns the group of those that --max-steps replaces.
     """
     common_flags(parser)
-    group = parser.add_argument_group("MNIST: data")
+    group = parser.add_argument_group("data")
     group.add_argument(
         "--preset", choices=["tuned", "published"], default="tuned",
         help="sets the defaults of the other flags: ours, or those of the published code",
@@ -689,49 +689,54 @@ def mnist_flags(parser, variant, preset):
     else:
         group.add_argument(
             "--data-dir", type=Path, default=runs.DOWNLOADS,
-            help="folder with MNIST's files; fetched if missing",
+            help="folder with MNIST's files; downloaded if missing",
         )
     if variant == "wildlife_mnist":
         group.add_argument(
             "--textures",
-            help="folder with object/ and background/, 10 images each, or 'dtd' to fetch the "
-            "published photographs; drawn textures if not given",
+            help="folder with object/ and background/, 10 images each, or 'dtd' to download the "
+            "published photographs; synthetic textures if not given",
         )
 
-    group = parser.add_argument_group("MNIST: networks")
+    group = parser.add_argument_group("networks")
     group.add_argument(
-        "--discriminator", choices=list(DISCRIMINATORS), default="strided", help="its layers"
+        "--discriminator", choices=list(DISCRIMINATORS), default="strided",
+        help="the discriminator's layers",
     )
-    group.add_argument("--ndf", type=runs.positive_int, default=32, help="its width")
+    group.add_argument(
+        "--ndf", type=runs.positive_int, default=32, help="the discriminator's width"
+    )
     inits = ["orthogonal", "normal", "kaiming"]
     group.add_argument(
-        "--init", choices=inits, default="orthogonal", help="how the generator's weights are drawn"
+        "--init", choices=inits, default="orthogonal", help="how weights start"
     )
     group.add_argument(
         "--init-shape", choices=inits, default="kaiming",
-        help="how the shape mechanism's are: if they start small, each class ends with one shape",
+        help="the same for the shape mechanism: if its weights start small, each class ends with "
+        "one shape",
     )
     group.add_argument(
         "--init-gain", type=runs.non_negative_float, default=0.1, help="scale of --init"
     )
     group.add_argument(
         "--texture-padding", choices=["circular", "zeros"], default="circular",
-        help="at the borders of textures, which are shifted cyclically: circular leaves no seam; "
-        "with --weights, as theirs",
+        help="padding in the texture mechanisms; textures are shifted cyclically, so circular "
+        "leaves no seam; --weights keep theirs",
     )
     group.add_argument(
         "--mask-gain", type=runs.non_negative_float, default=1.0,
-        help="factor of masks before they are cut to [0, 1]; with 1, objects that fill more than "
-        "half of an image stay transparent; with --weights, as theirs",
+        help="factor of masks before they are clipped to [0, 1]; with 1, objects that fill more "
+        "than half of an image stay transparent; --weights keep theirs",
     )
 
-    group = parser.add_argument_group("MNIST: losses")
+    group = parser.add_argument_group("adversarial and border losses")
     group.add_argument(
-        "--adversarial", choices=["squares", "logistic"], default="logistic", help="the GAN's loss"
+        "--adversarial", choices=["squares", "logistic"], default="logistic",
+        help="kind of the adversarial loss",
     )
     group.add_argument(
         "--r1", type=runs.non_negative_float, default=0.15,
-        help="gradient penalty of the discriminator at real images",
+        help="weight of the discriminator's gradient penalty at real images",
     )
     group.add_argument(
         "--style-every", type=runs.positive_int, default=8, metavar="N",
@@ -739,11 +744,11 @@ def mnist_flags(parser, variant, preset):
     )
     group.add_argument(
         "--border-weight", type=runs.non_negative_float, default=5.0,
-        help="mean mask in the outer 3 pixels",
+        help="weight of the mean mask in the outer 3 of 32 pixels",
     )
     group.add_argument(
         "--frame-weight", type=runs.non_negative_float, default=10.0,
-        help="colors of the background against those in corners of the real image",
+        help="weight of the background's colors against those in corners of the real image",
     )
     group.add_argument(
         "--labels", choices=["batch", "uniform"], default="batch",
@@ -751,38 +756,38 @@ def mnist_flags(parser, variant, preset):
         "of one class, or any",
     )
 
-    length = parser.add_argument_group("MNIST: length of the run, without --max-steps")
+    length = parser.add_argument_group("length of the run, without --max-steps")
     length.add_argument(
         "--epochs", type=runs.positive_int, default=None if variant == "images" else 12,
-        help="passes over the training images; with --dataset images, if not given, 12 or as many "
-        "as make 18,000 steps",
+        help="passes over the training images; default with --dataset images: 12, or more to reach "
+        "18,000 steps",
     )
 
-    group = parser.add_argument_group("MNIST: optimization")
+    group = parser.add_argument_group("optimization")
     group.add_argument(
-        "--lr", type=runs.non_negative_float, default=1e-3, help="Adam's, of both networks"
+        "--lr", type=runs.non_negative_float, default=1e-3, help="learning rate of both networks"
     )
     group.add_argument(
         "--norm-lr", type=runs.non_negative_float, default=2e-3,
-        help="of the generator's BatchNorm weights and biases",
+        help="learning rate of the generator's BatchNorm weights and biases",
     )
     group.add_argument(
         "--decay", type=runs.fraction, default=0.5,
-        help="last part of the steps, in which learning rates fall to 0",
+        help="learning rates fall to 0 over this last part of the steps",
     )
     group.add_argument(
         "--warmup", type=runs.non_negative_int, default=1000,
         help="first steps, in which only --border-weight and --frame-weight act, on BatchNorm "
-        "weights and biases: they settle the background; none if one of the two weights is 0",
+        "weights and biases: the background is learned first; none if one of the two weights is 0",
     )
 
-    group = parser.add_argument_group("MNIST: the segmenter, for generate.py --shapes real")
+    group = parser.add_argument_group("segmenter, for generate.py --shapes real")
     group.add_argument(
         "--segmenter-steps", type=runs.non_negative_int, default=2000,
-        help="train it for so many steps after the generator, on the generator's images; 0: none",
+        help="its steps, after the generator's, on the generator's images; 0: no segmenter",
     )
 
-    group = parser.add_argument_group("MNIST: run")
+    group = parser.add_argument_group("CUDA graphs")
     group.add_argument(
         "--graph", choices=["auto", "off"], default="auto",
         help="record each kind of step as a CUDA graph; auto: on a GPU",
@@ -1772,7 +1777,7 @@ def imagenet_losses(args, vgg, outputs, x_gt, windows):
 def imagenet_flags(parser, preset):
     """Flags of ImageNet, with the defaults of the preset."""
     common_flags(parser)
-    group = parser.add_argument_group("ImageNet: networks")
+    group = parser.add_argument_group("networks")
     group.add_argument(
         "--preset", choices=["full", "small"], default="full",
         help="256 x 256 with published weights, or 64 x 64 with few channels and a cGAN of drawn "
@@ -1784,44 +1789,50 @@ def imagenet_flags(parser, preset):
     group.add_argument("--u2net", type=Path, help="U^2-Net's file, if not in --weights-dir")
     group.add_argument(
         "--truncation", type=runs.truncation, default=1.0,
-        help="of the latents and of the norms' statistics, (0, 1]",
+        help="truncation of the latents and of the norms' statistics, (0, 1]",
     )
 
     group.add_argument(
         "--classes", nargs="+", metavar="CLASS",
-        help="train on these alone: numbers, WNIDs, (parts of) English names, files with one in "
-        "each line, imagenette, imagenet-a",
+        help="train on these alone: numbers, WNIDs, (parts of) English names, files with one per "
+        "line, imagenette, imagenet-a",
     )
 
-    group = parser.add_argument_group("ImageNet: losses")
+    group = parser.add_argument_group("losses of ImageNet")
     group.add_argument(
         "--reconstruction-weight", type=runs.non_negative_float, default=100.0,
-        help="mean absolute error of the composite against the cGAN's image",
+        help="weight of the mean absolute error of the composite against the cGAN's image",
     )
     group.add_argument(
         "--mask-weight", type=runs.non_negative_float, default=500.0,
-        help="mean masks outside [0.1, 0.9]",
+        help="weight of mean masks outside [0.1, 0.9]",
     )
     group.add_argument(
         "--background-weight", type=runs.non_negative_float, default=2000.0,
-        help="saliency of the background",
+        help="weight of the background's saliency",
     )
     group.add_argument(
         "--texture-weights", type=runs.non_negative_float, nargs=4, metavar="W",
-        help="style loss of the foreground against patches of the object, as --style-weights",
+        help="the same as --style-weights, of the foreground against patches of the object",
     )
 
-    group = parser.add_argument_group("ImageNet: optimization")
+    group = parser.add_argument_group("optimization")
     group.add_argument(
         "--accumulate", type=runs.positive_int,
-        help="batches in a step; their gradients are averaged",
+        help="batches in a step, whose gradients are averaged",
     )
-    group.add_argument("--lr-shape", type=runs.non_negative_float, help="Adam's, of the shape")
-    group.add_argument("--lr-texture", type=runs.non_negative_float, help="of the texture")
-    group.add_argument("--lr-background", type=runs.non_negative_float, help="of the background")
+    group.add_argument(
+        "--lr-shape", type=runs.non_negative_float, help="learning rate of the shape mechanism"
+    )
+    group.add_argument(
+        "--lr-texture", type=runs.non_negative_float, help="the same of the texture mechanism"
+    )
+    group.add_argument(
+        "--lr-background", type=runs.non_negative_float, help="the same of the background mechanism"
+    )
     group.add_argument(
         "--recompute", action="store_true",
-        help="activation checkpointing: less memory, blocks run again for their derivative",
+        help="activation checkpointing: less memory, blocks run again in the backward pass",
     )
     group.add_argument("--compile", action="store_true", help="torch.compile the mechanisms")
     group.add_argument(
@@ -2023,6 +2034,8 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     device = runs.join_ranks(runs.pick_device(args.device))
+    if args.dataset != "imagenet" and runs.rank_and_world_size()[1] > 1:
+        raise runs.UserError("several GPUs: only for --dataset imagenet; others fit one")
     try:
         use_triton(args.kernels, torch.empty(0, device=device))
     except ValueError as error:
@@ -2035,8 +2048,6 @@ def main():
     with runs.claim_folder(args.out, __file__, args.resume):
         if args.dataset == "imagenet":
             train_imagenet(args, device)
-        elif runs.rank_and_world_size()[1] > 1:
-            raise runs.UserError("several GPUs: only for --dataset imagenet; others fit one")
         else:
             train_mnist(args, device)
 

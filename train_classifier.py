@@ -41,7 +41,8 @@ def shared_flags(parser):
         "--weights", type=Path, help="start from, or evaluate, these classifier weights"
     )
     parser.add_argument(
-        "--offline", action="store_true", help="fetch nothing: synthetic digits, random networks"
+        "--offline", action="store_true",
+        help="download nothing: synthetic digits, random networks",
     )
     parser.add_argument(
         "--counterfactual", type=Path, nargs="+", metavar="FOLDER",
@@ -71,9 +72,9 @@ def shared_flags(parser):
     )
     training.add_argument(
         "--epoch-steps", type=runs.positive_int,
-        help="steps in an epoch; all images once if not given, which on ImageNet is the most",
+        help="steps in an epoch; default, and on ImageNet the maximum: all images once",
     )
-    training.add_argument("--max-steps", type=runs.positive_int, help="all steps of the run")
+    training.add_argument("--max-steps", type=runs.positive_int, help="steps in total")
     training.add_argument("--lr", type=runs.non_negative_float, help="in the first epoch")
     training.add_argument(
         "--log-every", type=runs.positive_int, default=100, help="steps between lines of the log"
@@ -666,7 +667,7 @@ def parse_digits(parser, argv, variant):
     )
     training.add_argument(
         "--amp", choices=["auto", "off", "bf16"], default="auto",
-        help="bf16 arithmetic in training; auto: where the hardware multiplies it",
+        help="bf16 arithmetic in training; auto: if the hardware has it",
     )
     training.add_argument(
         "--graph", choices=["auto", "off"], default="auto", help="CUDA graphs, as in train_cgn.py"
@@ -711,7 +712,7 @@ def parse_digits(parser, argv, variant):
     else:
         data.add_argument(
             "--data-dir", type=Path, default=runs.DOWNLOADS,
-            help="folder with MNIST's files; fetched if missing",
+            help="folder with MNIST's files; downloaded if missing",
         )
     if variant == "wildlife_mnist":
         data.add_argument(
@@ -1366,7 +1367,7 @@ def parse_ensemble(parser, argv):
     training = shared_flags(parser)
     training.add_argument(
         "--lr-step", type=runs.positive_int, default=15,
-        help="epochs to the next tenth of the learning rate",
+        help="epochs between tenfold cuts of the learning rate",
     )
     training.add_argument(
         "--weight-decay", type=runs.non_negative_float, default=1e-4,
@@ -1380,17 +1381,17 @@ def parse_ensemble(parser, argv):
     )
     mixing.add_argument(
         "--cf-test", type=runs.positive_int, default=5000,
-        help="first counterfactuals, to test the heads on; in training at most a tenth, held out",
+        help="first counterfactuals, held out to test the heads on; in training at most a tenth",
     )
     network = parser.add_argument_group("network")
     network.add_argument(
         "--arch", default="resnet50", help="a torchvision classifier that ends in a linear layer"
     )
     network.add_argument(
-        "--pretrained", help="file of its weights, or 'none'; torchvision's, fetched, if not given"
+        "--pretrained", help="file of its weights, or 'none'; torchvision's if not given"
     )
     network.add_argument(
-        "--weights-dir", type=Path, default=runs.DOWNLOADS, help="folder for fetched weights"
+        "--weights-dir", type=Path, default=runs.DOWNLOADS, help="folder for downloads"
     )
     network.add_argument(
         "--image-size", type=runs.positive_int, default=224, help="pixels that the network sees"
@@ -1401,7 +1402,7 @@ def parse_ensemble(parser, argv):
     )
     network.add_argument(
         "--amp", choices=["auto", "off", "bf16"], default="auto",
-        help="bf16 arithmetic; auto: where the hardware multiplies it",
+        help="bf16 arithmetic; auto: if the hardware has it",
     )
 
     data = parser.add_argument_group("data and tests")
@@ -1409,7 +1410,7 @@ def parse_ensemble(parser, argv):
     data.add_argument(
         "--classes", nargs="+", metavar="CLASS",
         help="train on and test with images of these alone; no other is predicted: numbers, WNIDs, "
-        "(parts of) English names, files with one in each line, imagenette, imagenet-a",
+        "(parts of) English names, files with one per line, imagenette, imagenet-a",
     )
     data.add_argument(
         "--workers", type=runs.non_negative_int, default=4, help="processes that decode, per GPU"

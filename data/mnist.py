@@ -135,9 +135,9 @@ def load_digits(data_dir, official_test):
         except (RuntimeError, OSError) as error:
             mirrors = " or ".join(torchvision.datasets.MNIST.mirrors)
             raise runs.UserError(
-                f"{data_dir}: MNIST is not there and cannot be fetched ({runs.first_line(error)}); "
+                f"{data_dir}: MNIST is not there and cannot be downloaded ({runs.first_line(error)}); "
                 f"put {stems[0]}.gz and {stems[1]}.gz from {mirrors} into that folder, or name "
-                "another with --data-dir, or use --offline"
+                "another with --data-dir"
             ) from None
     image_file, label_file = [find_idx(data_dir, stem) for stem in stems]
     digits = read_idx(image_file)
@@ -194,7 +194,7 @@ def load_dtd(data_dir):
             torchvision.datasets.DTD(data_dir, download=True)
         except (RuntimeError, OSError) as error:
             raise runs.UserError(
-                f"--textures dtd: {folder} is not there and DTD cannot be fetched "
+                f"--textures dtd: {folder} is not there and DTD cannot be downloaded "
                 f"({runs.first_line(error)}); unpack dtd-r1.0.1.tar.gz from "
                 f"{torchvision.datasets.dtd.DTD._URL} into {data_dir / 'dtd'}"
             ) from None

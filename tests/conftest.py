@@ -163,8 +163,11 @@ def run(script, *flags, expect=0, bytes_per_file=None):
         return finish(process, output, expect)
 
 
-def run_ranks(ranks, script, *flags):
-    """Run a script on several ranks of this CPU, with what it reads of torchrun's environment."""
+def run_ranks(ranks, script, *flags, expect=0):
+    """Run a script on several ranks of this CPU, with what it reads of torchrun's environment.
+
+    Returns what each rank wrote.
+    """
     common = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     with tempfile.TemporaryDirectory() as folder:
         started = []
@@ -174,8 +177,7 @@ def run_ranks(ranks, script, *flags):
             process = start(script, *flags, output=output, environment=environment)
             started.append((process, output))
         try:
-            for process, output in started:
-                finish(process, output)
+            return [finish(process, output, expect) for process, output in started]
         finally:
             for process, _ in started:
                 process.kill()

@@ -19,6 +19,7 @@ from conftest import (
     load,
     processes,
     run,
+    run_ranks,
     same,
     start,
     write_idx,
@@ -514,6 +515,14 @@ def test_a_mistake_has_no_traceback(places):
         script, *flags = [str(places.get(word, word)) for word in command.split()]
         done = run(script, *flags, expect=2)
         assert message in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["train_cgn.py", "generate.py", "train_classifier.py"])
+def test_small_data_sets_are_refused_on_several_ranks(script, tmp_path):
+    device = ["--device", "cpu", "--out", tmp_path / "out"]
+    for output in run_ranks(2, script, "--dataset", "colored_mnist", *device, expect=2):
+        assert "several GPUs: only for --dataset imagenet" in output.stderr
+    assert not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------------

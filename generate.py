@@ -25,7 +25,6 @@ import concurrent.futures
 import csv
 import hashlib
 import io
-import json
 import math
 import os
 import sys
@@ -139,10 +138,11 @@ def find_real_shapes(args, weights, trained, device):
         raise runs.UserError(f"--shapes real: {weights} does not say its --dataset; give it")
     if dataset != "wildlife_mnist" and args.textures:
         raise runs.UserError(f"--textures: {dataset} has none")
-    if trained.get("textures") and not args.textures:
+    # Published weights do not say what they were trained with.
+    if trained and bool(trained.get("textures")) != bool(args.textures):
+        told = f"--textures {trained['textures']}" if trained.get("textures") else "no --textures"
         raise runs.UserError(
-            f"--shapes real: {weights} was trained with --textures {trained['textures']}; give the "
-            "same textures"
+            f"--shapes real: {weights} was trained with {told}; generate with the same"
         )
     segmenter = train_cgn.load_segmenter(weights).to(device)
     data = load_biased_images(args, dataset, trained)
@@ -287,8 +287,9 @@ def generate_dataset(cgn, args, settings, description, device, real=None):
         stop = min(start + CHUNK, args.n)
         path = args.out / f"chunk_{chunk:05d}.pt"
         own = settings._asdict() | {"start": start, "stop": stop}
-        if is_there(path, own):
+        if is_there(path, own) and has_png_files(args, start, stop):
             continue
+        (args.out / "dataset.json").unlink(missing_ok=True)  # until it is complete again
         if stop_signal:
             print(
                 f"\n{args.out}: stopped after {start} of {args.n} images; resume with the same "
@@ -303,7 +304,7 @@ def generate_dataset(cgn, args, settings, description, device, real=None):
             labels.append(batch_labels)
         content = {"images": torch.cat(images), "labels": torch.cat(labels), "settings": own}
         if args.format == "png":
-            write_png_files(args.out / "counterfactual", start, content["images"])
+            write_png_files(args.out, start, content["images"])
         runs.save_tensors(path, content)
         print(f"\r{stop}/{args.n} images", end="", flush=True)
     if args.format == "png":
@@ -314,17 +315,31 @@ def generate_dataset(cgn, args, settings, description, device, real=None):
     words = ["train_classifier.py", "--dataset", dataset]
     if dataset == "images":
         words += ["--data-dir", "FOLDER", "--image-size", cgn.size]
+    if description["textures"]:
+        words += ["--textures", description["textures"]]
     if description["offline"]:
         words.append("--offline")
     words += ["--train", "counterfactual", "--counterfactual", args.out, "--out", "runs/classifier"]
     print(f"\n{args.out}: {args.n} images; next: {runs.command_line(*words)}")
 
 
+def png_file(folder, index):
+    """The PNG file of an image in a data set's folder."""
+    return folder / "counterfactual" / f"{index:07d}.png"
+
+
+def has_png_files(args, start, stop):
+    """Whether the PNG files of images start to stop - 1 are there, if --format asks for them."""
+    if args.format != "png":
+        return True
+    return all(png_file(args.out, index).is_file() for index in range(start, stop))
+
+
 def write_png_files(folder, start, images):
     """Images uint8 (n, 3, S, S), the first of which is number `start`, as PNG files."""
-    folder.mkdir(exist_ok=True)
+    paths = [png_file(folder, index) for index in range(start, start + len(images))]
+    paths[0].parent.mkdir(exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        paths = (folder / f"{index:07d}.png" for index in range(start, start + len(images)))
         list(pool.map(pictures.write_picture, paths, images))
 
 
@@ -333,7 +348,7 @@ def write_png_labels(out, names, chunks):
     rows = [["file", *imagenet.HEADS, *(f"{head}_name" for head in imagenet.HEADS)]]
     for chunk in range(chunks):
         for y in runs.load_tensors(out / f"chunk_{chunk:05d}.pt")["labels"].tolist():
-            file = f"counterfactual/{len(rows) - 1:07d}.png"
+            file = png_file(out, len(rows) - 1).relative_to(out)
             rows.append([file, *y, *(names[label] for label in y)])
     runs.write_csv(out / "labels.csv", rows)
 
@@ -347,18 +362,20 @@ def is_there(path, settings):
     try:
         content = runs.load_tensors(path) if runs.is_intact_archive(path) else None
         before = Settings._field_defaults | content["settings"]
-        is_shorter = before["stop"] < settings["stop"]
+        stop = before["stop"]
     except (runs.UserError, KeyError, TypeError):
         print(f"warning: {path} is damaged; made again", file=sys.stderr)
         return False
-    if is_shorter and before | {"stop": settings["stop"]} == settings:
-        return False
-    if before != settings:
+    if before | {"stop": settings["stop"]} != settings:
         raise runs.UserError(
             f"--resume: {path} was made with other settings or weights; give the same ones, or "
             "choose another --out"
         )
-    return True
+    if stop > settings["stop"]:
+        raise runs.UserError(
+            f"--n: {path} goes on to image {stop}; give at least as many, or choose another --out"
+        )
+    return stop == settings["stop"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -445,9 +462,9 @@ def generate_mnist(args, device):
         )
     offline = bool(trained.get("offline"))
     if offline:
-        print(
-            "OFFLINE weights: trained on synthetic digits. No image of them says anything of MNIST."
-        )
+        print("weights of a run with --offline:", runs.OFFLINE)
+    if trained.get("dataset") == "images":
+        folders.check_out(args.data_dir, args.out)
     cgn.to(device)
     sha256 = runs.file_sha256(weights)
     with runs.claim_folder(args.out, __file__, args.resume):
@@ -460,9 +477,12 @@ def generate_mnist(args, device):
             "dataset": args.dataset or trained.get("dataset"),
             "classes": cgn.names,
             "offline": offline,
+            "textures": args.textures or trained.get("textures"),
             "weights": str(weights),
         }
         arguments = vars(args) | description | {"weights_sha256": sha256}
+        free = checkpoints.FREE | {"batch_size", "format", "left_out"}
+        checkpoints.check_resumed(args.out, arguments, free)
         runs.describe_run(args.out, __file__, arguments)
         if args.n:
             settings = Settings(
@@ -727,7 +747,8 @@ def picture_files(args, index):
 def label_row(args, photos, index, y):
     """An image's row of labels.csv. y: its three classes."""
     names = imagenet.class_names()
-    file = f"{args.save[0]}/{index:07d}.{args.format}"
+    part = "counterfactual" if "counterfactual" in args.save else args.save[0]
+    file = f"{part}/{index:07d}.{args.format}"
     source = [photograph_name(photos, index)] if photos else []
     return [file, *y, *(names[c] for c in y), args.seed, *source]
 
@@ -737,7 +758,7 @@ def write_labels(args, z_dim, allowed, photos):
     present = []
     for part in args.save:
         files = (args.out / part).glob(f"[0-9]*.{args.format}")
-        present.append({int(file.stem) for file in files})
+        present.append({int(file.stem) for file in files if file.stem.isdecimal()})
     complete = sorted(set.intersection(*present))
     rows = [[*COLUMNS, "source"] if photos else COLUMNS]
     for index in complete:
@@ -1084,7 +1105,7 @@ def generate_imagenet(args, device):
     if trained.get("dataset", "imagenet") != "imagenet":
         raise runs.UserError(f"--dataset imagenet: {weights} was trained on {trained['dataset']}")
     if trained.get("offline") and runs.is_main_rank():
-        print("OFFLINE weights: random networks. These images say nothing of ImageNet.")
+        print("weights of a run with --offline:", runs.OFFLINE)
     bf16 = runs.pick_bf16(args.amp, device)
     cgn = train_cgn.fold(cgn, args.truncation).to(device, torch.bfloat16 if bf16 else torch.float32)
     photos = None
@@ -1098,7 +1119,8 @@ def generate_imagenet(args, device):
             arguments = vars(args) | {"weights_sha256": runs.file_sha256(weights)}
             if photos:
                 arguments["images_sha256"] = photographs_sha256(photos)
-            check_resumed(args.out, arguments)
+            free = checkpoints.FREE | {"offline", "images"}  # moved images have the same SHA-256
+            checkpoints.check_resumed(args.out, arguments, free)
             runs.describe_run(args.out, __file__, arguments)
         runs.wait_for_ranks()
         if args.score:
@@ -1109,15 +1131,6 @@ def generate_imagenet(args, device):
             write_pictures(cgn, args, allowed, photos, device)
         else:
             write_parts_sheet(cgn, args, allowed, photos, device)
-
-
-def check_resumed(out, args):
-    """UserError if pictures of other settings lie in the folder: they must not be mixed."""
-    if (out / "args.json").is_file():
-        before = json.loads((out / "args.json").read_text())["args"]
-        before.setdefault("shapes", "generated")  # as all were before there was the flag
-        free = checkpoints.FREE | {"offline", "images"}  # moved images have the same SHA-256
-        checkpoints.check_settings(out, before, args, free)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1171,10 +1184,6 @@ def parse_imagenet(parser, argv):
         help="images in the data set; without, or --interpolate, a sheet to look at",
     )
     data.add_argument(
-        "--batch-size", type=runs.positive_int, default=16,
-        help="images in a batch; batches are dealt out over GPUs; another size rounds differently",
-    )
-    data.add_argument(
         "--save", nargs="+", choices=PARTS, default=["counterfactual"],
         help="pictures to write; composite has the shape's class everywhere; premask is, with "
         "--shapes real, the photograph as cropped",
@@ -1183,6 +1192,12 @@ def parse_imagenet(parser, argv):
     data.add_argument(
         "--graph", choices=["auto", "off"], default="auto",
         help="record a batch as a CUDA graph; auto: on a GPU",
+    )
+
+    batches = parser.add_argument_group("batches (with --n or --score)")
+    batches.add_argument(
+        "--batch-size", type=runs.positive_int, default=16,
+        help="images in a batch; batches are dealt out over GPUs; another size rounds differently",
     )
 
     morph = parser.add_argument_group("interpolation (with --interpolate)")
@@ -1211,11 +1226,15 @@ def parse_imagenet(parser, argv):
     )
 
     args = parser.parse_args(argv)
+    args.save = list(dict.fromkeys(args.save))  # each part once
     check_shapes(parser, real, args)
+    if args.classes and args.mode == "best":
+        parser.error("--mode best: has lists of classes of its own; leave out --classes")
     if args.score is not None:
         check_score(parser, data, args)
     elif not args.n:
         runs.refuse_flags(parser, data, args, "needs --n")
+        runs.refuse_flags(parser, batches, args, "needs --n or --score")
     elif args.interpolate:
         parser.error("--n: has no meaning with --interpolate")
     if not args.interpolate:
@@ -1306,11 +1325,10 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    runs.check_one_process(args.dataset)
     device = runs.join_ranks(runs.pick_device(args.device))
     if args.dataset == "imagenet":
         generate_imagenet(args, device)
-    elif runs.rank_and_world_size()[1] > 1:
-        raise runs.UserError("several GPUs: only for --dataset imagenet; others fit one")
     else:
         generate_mnist(args, device)
 

@@ -18,8 +18,10 @@ args.json, log.jsonl, sheet.png, samples/, checkpoint.pt (everything, to resume)
 """
 
 import argparse
+import copy
 import functools
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -188,6 +190,7 @@ def common_flags(parser):
 
 LATENT = 32  # numbers in the latent z of a mechanism
 EMBEDDING = 10  # numbers in a class's embedding
+WARMUP = 1000  # first steps of a new generator, which learn the background
 PENALTY_EVERY = 8  # steps between gradient penalties of the discriminator
 
 # Defaults of --preset tuned: what gave the results in the README.
@@ -446,8 +449,9 @@ class Segmenter(nn.Module):
         for channels, out in zip([3, *widths], widths):
             self.down.append(two_convolutions(channels, out))
         self.up = nn.ModuleList()  # at 16, ..., S
-        for fine, coarse in zip(widths[-2::-1], widths[:0:-1]):
-            self.up.append(two_convolutions(fine + coarse, fine))
+        for level in reversed(range(len(widths) - 1)):
+            fine = widths[level]
+            self.up.append(two_convolutions(fine + widths[level + 1], fine))
         self.out = nn.Conv2d(width, 1, 1)
 
     def forward(self, x):
@@ -457,8 +461,9 @@ class Segmenter(nn.Module):
                 x = F.max_pool2d(x, 2)
             x = block(x)
             levels.append(x)
-        for block, fine in zip(self.up, levels[-2::-1]):
-            x = block(torch.cat([fine, F.interpolate(x, scale_factor=2)], 1))
+        x = levels.pop()
+        for block in self.up:
+            x = block(torch.cat([levels.pop(), F.interpolate(x, scale_factor=2)], 1))
         return self.out(x)
 
 
@@ -613,7 +618,7 @@ def adversarial_loss(args, realness, target):
 
 
 def generator_losses(args, vgg, discriminator, mechanisms, x_gt, y_gen, warming_up, style):
-    """Weighted losses by name, the composite (N, 3, 32, 32), and the mean mask value.
+    """Weighted losses by name, the composite (N, 3, S, S), and the mean mask value.
 
     warming_up: only the losses that settle the background act. style: the style loss acts. It takes
     most of the time, so it is computed in every --style-every-th step and counts as many times as
@@ -669,7 +674,7 @@ def discriminator_loss(args, discriminator, x_gt, y_gt, x_gen, y_gen, penalty):
 def mnist_flags(parser, variant, preset):
     """Flags of the MNIST variants, with the defaults of the variant and the preset.
 
-    Returns the group of those that --max-steps replaces.
+    Returns two groups: of those that --max-steps replaces, and of those that --weights do.
     """
     common_flags(parser)
     group = parser.add_argument_group("data")
@@ -706,27 +711,29 @@ def mnist_flags(parser, variant, preset):
     group.add_argument(
         "--ndf", type=runs.positive_int, default=32, help="the discriminator's width"
     )
+    new = parser.add_argument_group("generator, without --weights")
     inits = ["orthogonal", "normal", "kaiming"]
-    group.add_argument(
-        "--init", choices=inits, default="orthogonal", help="how weights start"
+    new.add_argument(
+        "--init", choices=inits, default="orthogonal", help="how the weights start",
     )
-    group.add_argument(
+    new.add_argument(
         "--init-shape", choices=inits, default="kaiming",
         help="the same for the shape mechanism: if its weights start small, each class ends with "
         "one shape",
     )
-    group.add_argument(
-        "--init-gain", type=runs.non_negative_float, default=0.1, help="scale of --init"
+    new.add_argument(
+        "--init-gain", type=runs.non_negative_float, default=0.1,
+        help="scale of the weights of --init, of BatchNorm's with kaiming",
     )
-    group.add_argument(
+    new.add_argument(
         "--texture-padding", choices=["circular", "zeros"], default="circular",
         help="padding in the texture mechanisms; textures are shifted cyclically, so circular "
-        "leaves no seam; --weights keep theirs",
+        "leaves no seam",
     )
-    group.add_argument(
-        "--mask-gain", type=runs.non_negative_float, default=1.0,
+    new.add_argument(
+        "--mask-gain", type=runs.positive_float, default=1.0,
         help="factor of masks before they are clipped to [0, 1]; with 1, objects that fill more "
-        "than half of an image stay transparent; --weights keep theirs",
+        "than half of an image stay transparent",
     )
 
     group = parser.add_argument_group("adversarial and border losses")
@@ -776,9 +783,10 @@ def mnist_flags(parser, variant, preset):
         help="learning rates fall to 0 over this last part of the steps",
     )
     group.add_argument(
-        "--warmup", type=runs.non_negative_int, default=1000,
+        "--warmup", type=runs.non_negative_int,
         help="first steps, in which only --border-weight and --frame-weight act, on BatchNorm "
-        "weights and biases: the background is learned first; none if one of the two weights is 0",
+        "weights and biases: the background is learned first; default: 1000, but 0 with --weights "
+        "or if one of the two is 0",
     )
 
     group = parser.add_argument_group("segmenter, for generate.py --shapes real")
@@ -798,7 +806,24 @@ def mnist_flags(parser, variant, preset):
     if preset == "published":
         parser.set_defaults(**PUBLISHED_COMMON)
         parser.set_defaults(**PUBLISHED[variant])
-    return length
+    return length, new
+
+
+def check_mnist_flags(parser, args, length, new):
+    """The parser's error for flags that nothing would use; --warmup gets its default.
+
+    length, new: the groups that mnist_flags returns.
+    """
+    if args.max_steps is not None:
+        runs.refuse_flags(parser, length, args, "has no meaning with --max-steps")
+    if args.weights:
+        runs.refuse_flags(parser, new, args, "has no meaning with --weights, which keep theirs")
+    elif args.max_steps == 0:
+        parser.error("--max-steps 0: trains the segmenter of --weights alone; give them")
+    if args.offline and args.dataset != "images" and args.data_dir != runs.DOWNLOADS:
+        parser.error("--data-dir: has no meaning with --offline, whose digits are synthetic")
+    if args.warmup is None:
+        args.warmup = 0 if args.weights else WARMUP
 
 
 # --------------------------------------------------------------------------------------------------
@@ -862,13 +887,15 @@ def mnist_step(args, training, data, vgg, bf16, index, decay, *, warming_up, sty
     `discriminator_loss`. Returns losses by name, detached, and "skipped", above 0 if numbers were
     not finite. It may be recorded as a CUDA graph, see GraphedStep.
     """
-    cgn, average, discriminator = training.networks.values()
+    cgn = training.networks["generator"]
+    average = training.networks["average"]
+    discriminator = training.networks["discriminator"]
     optimizer, discriminator_optimizer = training.optimizers
     device = index.device
     n = len(index)
 
     # Data
-    x_gt = mnist.to_float(data.images(index, None))  # (N, 3, 32, 32) in [-1, 1]
+    x_gt = mnist.to_float(data.images(index, None))  # (N, 3, S, S) in [-1, 1]
     y_gt = data.labels[index]
     y_gen = y_gt
     if args.labels == "uniform":
@@ -926,6 +953,12 @@ def train_mnist(args, device):
     last_step = count_steps(args, steps_per_epoch)
     # Without both of the losses that act during warm-up there is nothing to warm up with.
     warmup = args.warmup if args.border_weight and args.frame_weight else 0
+    if 0 < last_step <= warmup:
+        print(
+            f"warning: all {last_step} steps are warm-up, in which no shape is learned; give more "
+            "steps, or --warmup 0",
+            file=sys.stderr,
+        )
 
     # Networks
     vgg = load_vgg(args, device, bf16, args.style_weights) if last_step else None
@@ -992,6 +1025,7 @@ def train_mnist(args, device):
         warming_up = step < warmup
         style = any(args.style_weights) and step % args.style_every == 0 and not warming_up
         penalty = args.r1 > 0 and step % PENALTY_EVERY == 0 and not warming_up
+        # 1, then in a straight line to 0 over the last part of the steps.
         falling = min(1.0, (last_step - step) / max(args.decay * last_step, 1))
         set_rate(optimizer.param_groups[0], 0.0 if warming_up else falling * args.lr)
         set_rate(optimizer.param_groups[1], falling * args.norm_lr)
@@ -1688,8 +1722,11 @@ def to_float32(value):
     return value.float() if value.is_floating_point() else value
 
 
-def load_frozen_networks(args, expected):
-    """State dicts "biggan" and "u2net" of the cGAN and of U^2-Net. expected: an ImageNetCGN."""
+def load_frozen_networks(args, expected, given):
+    """State dicts "biggan" and "u2net" of the cGAN and of U^2-Net.
+
+    expected: an ImageNetCGN. given: the one of --weights, whose U^2-Net is taken, or None.
+    """
     states = {}
     small = args.preset == "small"
     if small:
@@ -1700,7 +1737,9 @@ def load_frozen_networks(args, expected):
         states["biggan"] = weights.load_network(
             download.FILES["biggan"], args.weights_dir, args.biggan, expected.f_shape.state_dict()
         )
-    if args.u2net or not args.offline:
+    if given:
+        states["u2net"] = given.u2net.state_dict()
+    elif args.u2net or not args.offline:
         file = download.FILES["u2netp" if small else "u2net"]
         states["u2net"] = weights.load_network(
             file, args.weights_dir, args.u2net, expected.u2net.state_dict()
@@ -1715,6 +1754,7 @@ def load_imagenet_networks(args):
     """
     small = args.preset == "small"
     config = SMALL if small else {}
+    given = None
     if args.weights:
         given, trained = load_imagenet_generator(args.weights)
         if (trained.get("preset") == "small") != small:
@@ -1722,14 +1762,14 @@ def load_imagenet_networks(args):
     with torch.device("meta"):
         cgn = ImageNetCGN(small, **config)
         average = ImageNetCGN(small, cgan=False, **config)
-    states = load_frozen_networks(args, cgn)
+    states = load_frozen_networks(args, cgn, given)
     for network in (cgn, average):
         state = {}
         for name, _ in network.named_children():
             part = states["u2net" if name == "u2net" else "biggan"]
             state |= {f"{name}.{key}": to_float32(value).clone() for key, value in part.items()}
         network.load_state_dict(state, assign=True)
-    if args.weights:
+    if given:
         cgn.load_state_dict(given.state_dict(), strict=False)  # all but the cGAN
         average = given
     return cgn, average
@@ -1850,10 +1890,8 @@ def imagenet_flags(parser, preset):
 
 
 def imagenet_classes(args, cgn):
-    """The classes to train on, int64 (n,): those of --classes, or all of the network's."""
-    if args.classes:
-        return torch.tensor(imagenet.class_indices(args.classes))
-    return torch.arange(cgn.f_shape.embeddings.in_features)
+    """The classes to train on, int64 (n,): args.classes, indices, or all of the network's."""
+    return torch.tensor(args.classes or range(cgn.f_shape.embeddings.in_features))
 
 
 def draw_inputs(args, classes, z_dim, step):
@@ -1917,6 +1955,8 @@ def train_imagenet(args, device):
     torch.manual_seed(args.seed)
     if args.compile:
         runs.check_compiler()
+    if args.classes:
+        args.classes = imagenet.class_indices(args.classes)  # a file of classes may change later
     bf16 = runs.pick_bf16(args.amp, device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     rank, world_size = runs.rank_and_world_size()
@@ -1930,6 +1970,7 @@ def train_imagenet(args, device):
     vgg = load_vgg(args, device, bf16, vgg_weights)
     cgn, average = load_imagenet_networks(args)
     # The average keeps a U^2-Net as published, to be saved in weights.pt.
+    u2net_before = copy.deepcopy(average.u2net.state_dict())
     fold(cgn.biggan_GT.eval(), args.truncation).to(dtype)
     fold(cgn.u2net.eval()).to(dtype)
     # Convolutions of images that are channels last want their weights so, too.
@@ -1961,6 +2002,9 @@ def train_imagenet(args, device):
         written=("generator", "average"),
         draw_sheet=imagenet_sheet,
     )
+    for key, value in average.u2net.state_dict().items():
+        if not torch.equal(value.cpu(), u2net_before[key]):
+            raise runs.UserError("--u2net: not the U^2-Net that this run began with; give that one")
     runs.describe_run(args.out, __file__, vars(args))
     if rank == 0:
         print(
@@ -2022,29 +2066,29 @@ def parse_args(argv=None):
     if dataset == "imagenet":
         imagenet_flags(parser, preset)
     elif dataset in small:
-        length = mnist_flags(parser, dataset, preset)
+        groups = mnist_flags(parser, dataset, preset)
     args = parser.parse_args(argv)
-    if dataset in small and args.max_steps is not None:
-        runs.refuse_flags(parser, length, args, "has no meaning with --max-steps")
-    if args.max_steps == 0 and not (dataset in small and args.weights):
-        parser.error("--max-steps 0: not on ImageNet, and with --weights, to train their segmenter")
+    if dataset in small:
+        check_mnist_flags(parser, args, *groups)
+    elif args.max_steps == 0:
+        parser.error("--max-steps 0: not on ImageNet")
+    elif args.weights and args.u2net:
+        parser.error("--u2net: has no meaning with --weights, which hold theirs")
     return args
 
 
 def main():
     args = parse_args()
+    runs.check_one_process(args.dataset)
     device = runs.join_ranks(runs.pick_device(args.device))
-    if args.dataset != "imagenet" and runs.rank_and_world_size()[1] > 1:
-        raise runs.UserError("several GPUs: only for --dataset imagenet; others fit one")
     try:
         use_triton(args.kernels, torch.empty(0, device=device))
     except ValueError as error:
         raise runs.UserError(f"--kernels {args.kernels}: {error}") from None
+    if args.dataset == "images":
+        folders.check_out(args.data_dir, args.out)
     if args.offline and runs.is_main_rank():
-        print(
-            "OFFLINE: synthetic digits, drawn textures, random networks. No number of this run "
-            "says anything about MNIST or ImageNet."
-        )
+        print(runs.OFFLINE)
     with runs.claim_folder(args.out, __file__, args.resume):
         if args.dataset == "imagenet":
             train_imagenet(args, device)

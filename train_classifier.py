@@ -98,6 +98,22 @@ def check_common(parser, args, training):
             parser.error("--evaluate needs --weights, a classifier's weights.pt")
 
 
+def check_arch(parser, args):
+    """The parser's error if --arch is no classifier of torchvision."""
+    if args.arch not in torchvision.models.list_models(torchvision.models):
+        parser.error(f"--arch {args.arch}: not a classifier of torchvision, such as resnet18")
+
+
+def check_names(parser, flag, pairs, taken):
+    """The parser's error for test sets NAME=PATH with a name that means something else, or is given
+    twice.
+    """
+    names = [name for name, _ in pairs]
+    for name in names:
+        if name in taken or names.count(name) > 1:
+            parser.error(f"{flag} {name}=...: the name is taken; choose another")
+
+
 FACTORS = ("shape", "texture", "background", "none")
 
 
@@ -448,33 +464,14 @@ def load_classifier(classifier, path):
     classifier.load_state_dict(weights.check_state_dict(state, classifier.state_dict(), path))
 
 
-def upgrade_checkpoint(content, steps_per_epoch):
-    """A digit classifier's checkpoint of an earlier version, in today's form."""
-    if "colour_head" not in content:
-        return content
-    args = content["args"]
-    finished = math.ceil(content["position"] / args["batch_size"])  # steps of the current epoch
-    args["epoch_steps"] = args.pop("max_steps", None)
-    return {
-        "classifier": content["classifier"],
-        "color_head": content["colour_head"],
-        "optimizers": [content["optimizer"]],
-        "args": args,
-        "step": content["epoch"] * steps_per_epoch + finished,
-        "epoch": content["epoch"],
-        "sums": torch.cat([content["sums"].cpu(), torch.tensor([float(content["position"])])]),
-        "best": content["best"],
-        "metrics": content["numbers"],
-    }
-
-
 def classifier_step(args, training, bf16, images, labels):
     """A step on images, uint8 (N, 3, S, S), and labels (N,).
 
     Returns the loss, detached, and "skipped", above 0 if numbers were not finite. It may be
     recorded as a CUDA graph, see GraphedStep.
     """
-    classifier, color_head = training.networks.values()
+    classifier = training.networks["classifier"]
+    color_head = training.networks["color_head"]
     (optimizer,) = training.optimizers
     x = mnist.to_float(images)  # (N, 3, 32, 32) in [-1, 1]
     if args.augment:
@@ -515,12 +512,13 @@ def train_digits(args, seed, out, data, device, stop):
     optimizer = torch.optim.Adadelta(parameters, lr=args.lr)
 
     batch_size = args.batch_size
-    count = count_training_images(args, data)
-    steps_per_turn = math.ceil(count / batch_size)  # a turn takes all images once
+    count = args.training_images
+    if count % batch_size == 1:
+        count -= 1  # BatchNorm cannot normalize a last batch of one
+    steps_per_turn = math.ceil(max(count, 1) / batch_size)  # a turn takes all images once
     steps_per_epoch = args.epoch_steps or steps_per_turn
     turns_per_epoch = math.ceil(steps_per_epoch / steps_per_turn)
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
-    path, content = checkpoints.read_checkpoint(out, args.resume)
     training = checkpoints.Training(
         out,
         args,
@@ -530,7 +528,6 @@ def train_digits(args, seed, out, data, device, stop):
         device,
         # epoch: epochs evaluated. sums: of losses, correct predictions and images in this epoch.
         extra={"epoch": 0, "sums": torch.zeros(3), "best": -1.0, "metrics": {}},
-        saved=(path, upgrade_checkpoint(content, steps_per_epoch)),
         stop=stop,
     )
     extra = training.extra
@@ -538,25 +535,25 @@ def train_digits(args, seed, out, data, device, stop):
     function = functools.partial(classifier_step, args, training, bf16)
     graphed = args.graph == "auto" and device.type == "cuda"
     train_step = GraphedStep(function, training.optimizers, graphed)
+    turn = None
     for epoch in range(extra["epoch"], math.ceil(last_step / steps_per_epoch)):
-        turn = None
         set_rate(optimizer.param_groups[0], args.lr * args.gamma**epoch)
         first_step = epoch * steps_per_epoch
         classifier.train()
 
         for step in range(training.step, min(first_step + steps_per_epoch, last_step)):
             # Data
-            turn_of_step, position = divmod(step - first_step, steps_per_turn)
-            if turn_of_step != turn:
-                turn = turn_of_step
-                counted = epoch * turns_per_epoch + turn
-                images, labels = training_images(args, data, counted)
-                shuffle = runs.seeded_generator(seed, "classifier order", counted)
-                order = torch.randperm(len(labels), generator=shuffle).to(device)
+            step_of_epoch = step - first_step
+            turn_of_epoch, position = divmod(step_of_epoch, steps_per_turn)
+            if turn != epoch * turns_per_epoch + turn_of_epoch:
+                turn = epoch * turns_per_epoch + turn_of_epoch
+                images, labels = training_images(args, data, turn)
+                shuffle = runs.seeded_generator(seed, "classifier order", turn)
+                order = torch.randperm(len(labels), generator=shuffle)[:count].to(device)
             index = order[position * batch_size : (position + 1) * batch_size]
-            first = (step - first_step) * batch_size
             # Every step seeds its own random numbers, so that a resumed run draws the same.
-            torch.manual_seed(runs.derived_seed(1_000 * seed + epoch, "step", first))
+            key = step_of_epoch * batch_size
+            torch.manual_seed(runs.derived_seed(1_000 * seed + epoch, "step", key))
 
             # Classifier
             results = train_step(images.index_select(0, index), labels[index])
@@ -630,10 +627,15 @@ def summarize(args, results):
 def classify_digits(args, device):
     """Train, or evaluate, a classifier for each seed. Everything is written into args.out."""
     if args.offline:
-        print("OFFLINE: synthetic digits, drawn textures. No number of this run is about MNIST.")
+        print(runs.OFFLINE)
+    if args.dataset == "images":
+        folders.check_out(args.data_dir, args.out)
     with runs.claim_folder(args.out, __file__, args.resume):
         load = load_folder_data if args.dataset == "images" else load_digit_data
         data = load(args, device)
+        if not args.evaluate:
+            args.training_images = count_training_images(args, data)
+        checkpoints.check_resumed(args.out, vars(args))
         runs.describe_run(args.out, __file__, vars(args))
         stop = runs.StopSignal()
         results = {}
@@ -718,7 +720,7 @@ def parse_digits(parser, argv, variant):
         data.add_argument(
             "--textures", help="folder with object/ and background/, or 'dtd', as in train_cgn.py"
         )
-    data.add_argument(
+    training.add_argument(
         "--seeds", type=runs.non_negative_int, nargs="+", default=[0], metavar="SEED",
         help="classifiers to train, one for each seed: initial weights and order of the images",
     )
@@ -728,11 +730,13 @@ def parse_digits(parser, argv, variant):
     check_common(parser, args, training)
     if variant == "images":
         check_images(parser, args)
+    elif args.offline and args.data_dir != runs.DOWNLOADS:
+        parser.error("--data-dir: has no meaning with --offline, whose digits are synthetic")
     if args.method != "irm":
         runs.refuse_flags(parser, irm, args, "needs --method irm")
     if args.method == "plain":
         runs.refuse_flags(parser, penalties, args, "needs --method irm or lnl")
-    if args.environments > args.batch_size:
+    elif args.environments > args.batch_size:
         parser.error(
             f"--environments {args.environments}: a batch of {args.batch_size} cannot hold an "
             "image of each"
@@ -751,9 +755,9 @@ def check_images(parser, args):
         parser.error("--train decorrelated: only of the MNIST variants, whose colors are drawn")
     if args.explain:
         parser.error("--explain: only on the MNIST variants and ImageNet")
+    check_names(parser, "--test", args.test, ("biased", "loss", "train", "step", "epoch", "seed"))
     if args.arch != "digits":
-        if args.arch not in torchvision.models.list_models(torchvision.models):
-            parser.error(f"--arch {args.arch}: not a classifier of torchvision, such as resnet18")
+        check_arch(parser, args)
         if args.method == "lnl":
             parser.error("--method lnl: needs the digits' classifier")
 
@@ -774,12 +778,17 @@ def untrained_classifier(arch):
 
 
 def check_image_size(args, network):
-    """UserError for a vision transformer of images of another size than --image-size."""
-    size = getattr(network, "image_size", args.image_size)
-    if size != args.image_size:
+    """UserError for a network that cannot take images of --image-size."""
+    size = args.image_size
+    device = next(network.parameters()).device
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, size, size, device=device))
+    except (RuntimeError, AssertionError) as error:
         raise runs.UserError(
-            f"--arch {args.arch}: takes images of {size} pixels; give --image-size {size}"
-        )
+            f"--arch {args.arch}: takes no images of {size} pixels ({runs.first_line(error)}); "
+            "give another --image-size"
+        ) from None
 
 
 class Ensemble(nn.Module):
@@ -844,10 +853,6 @@ def load_pretrained(args):
 
 def load_ensemble(args):
     """A new ensemble on pretrained weights, or the one of --weights."""
-    if args.arch not in torchvision.models.list_models(torchvision.models):
-        raise runs.UserError(
-            f"--arch {args.arch}: not a classifier of torchvision, such as resnet50"
-        )
     if not args.weights:
         return Ensemble(args.arch, load_pretrained(args))
     content = runs.load_tensors(args.weights)
@@ -1121,7 +1126,7 @@ def load_tests(args, counterfactual):
             "or --ood"
         )
     kinds = {kind for kind, _ in tests.values()}
-    if args.explain and kinds <= {"conflict", "in9"}:
+    if args.explain and kinds <= {"conflict", "in9", "corruption"}:
         raise runs.UserError(
             "--explain: needs images with classes of ImageNet: give --data-dir, --counterfactual "
             "or --ood"
@@ -1166,8 +1171,7 @@ def epoch_batches(args, real, counterfactual, epoch, steps, first, device):
 
 
 def train_ensemble(args, ensemble, tests, real, counterfactual, device):
-    """Train in epochs, each with its evaluation. Returns the rows of the last one; None if all were
-    done before.
+    """Train in epochs, each with its evaluation. Returns the rows of the last one.
 
     real, counterfactual: paths and labels; counterfactual may be None.
     """
@@ -1196,8 +1200,9 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
         last_step,
         device,
         written=("ensemble",),
-        # epoch: epochs evaluated. loss_sum: of the steps of this epoch, on this rank.
-        extra={"arch": args.arch, "epoch": 0, "best": -1.0, "loss_sum": torch.zeros(())},
+        # epoch: epochs evaluated. sums: of the losses of this epoch's good steps, on this rank, and
+        # how many those are.
+        extra={"arch": args.arch, "epoch": 0, "best": -1.0, "sums": torch.zeros(2)},
     )
     extra = training.extra
     model = ensemble
@@ -1231,8 +1236,8 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
             skipped = checkpoints.finite_step(optimizer, loss)
 
             # Log, checkpoint, stop
-            total = extra["loss_sum"]
-            extra["loss_sum"] = torch.where(skipped > 0, total, total + loss.detach())
+            seen = torch.stack([loss.detach(), torch.ones_like(loss)])
+            extra["sums"] = torch.where(skipped > 0, extra["sums"], extra["sums"] + seen)
             rate = optimizer.param_groups[0]["lr"]
             training.end_step({"loss": loss, "lr": rate}, skipped)
 
@@ -1241,7 +1246,8 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
         rows = evaluate(ensemble, PREDICTIONS, tests, args, device)
         measured = {row[:3]: row[3] for row in rows}
         accuracy = measured.get(("val", "mean", "top-1"), 0.0)
-        mean_loss = runs.mean_over_ranks(extra["loss_sum"].clone()).item() / steps
+        loss_sum, good_steps = runs.mean_over_ranks(extra["sums"].clone()).tolist()
+        mean_loss = loss_sum / max(good_steps, 1)
         if rank == 0:
             metrics = {" ".join(names): value for names, value in measured.items()}
             training.log.write(training.step, epoch=epoch + 1, epoch_loss=mean_loss, **metrics)
@@ -1254,7 +1260,7 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
         better = accuracy > extra["best"] and (whole or extra["best"] < 0)
         if whole:
             extra["epoch"] = epoch + 1
-            extra["loss_sum"] = torch.zeros((), device=device)
+            extra["sums"].zero_()
             extra["best"] = max(extra["best"], accuracy)
         if better:
             training.save_weights("weights_best.pt", training.content())
@@ -1297,10 +1303,12 @@ def split_counterfactuals(args):
     if not args.counterfactual:
         return ([], []), None
     paths, labels = of_classes(args, *imagenet.counterfactual_images(args.counterfactual))
-    cut = args.cf_test
+    tenth = math.ceil(len(paths) / 10)
     if args.evaluate:
+        # An ensemble may have been trained on the others.
+        cut = args.cf_test or (min(5000, tenth) if args.weights else 5000)
         return (paths[:cut], labels[:cut]), None
-    cut = min(cut, math.ceil(len(paths) / 10))
+    cut = min(args.cf_test or 5000, tenth)
     if cut == len(paths):
         raise runs.UserError(
             f"--counterfactual: {len(paths)} image is too few to train on and to test with"
@@ -1320,6 +1328,8 @@ def classify_imagenet(args, device):
             raise runs.UserError(
                 f"--batch-size {args.batch_size}: larger than the {len(real[0])} training images"
             )
+        args.training_images = len(real[0])
+        args.training_counterfactuals = len(counterfactual[0]) if counterfactual else 0
     torch.manual_seed(args.seed)
     ensemble = None
     if args.weights or not args.evaluate:
@@ -1330,16 +1340,15 @@ def classify_imagenet(args, device):
         check_image_size(args, baseline)
 
     with runs.claim_folder(args.out, __file__, args.resume):
+        checkpoints.check_resumed(args.out, vars(args))
         runs.describe_run(args.out, __file__, vars(args))
         if args.offline and runs.is_main_rank():
-            print("OFFLINE: random weights. No number of this run is about ImageNet.")
+            print(runs.OFFLINE)
         runs.wait_for_ranks()
         if args.evaluate:
             rows = evaluate(ensemble, PREDICTIONS, tests, args, device) if ensemble else []
         else:
             rows = train_ensemble(args, ensemble, tests, real, counterfactual, device)
-            if rows is None:
-                return
         if args.baseline:
             rows += evaluate(baseline, ["baseline"], tests, args, device)
         rows += corruption_rows(rows, tests)
@@ -1380,8 +1389,9 @@ def parse_ensemble(parser, argv):
         help="counterfactuals for each real image in training",
     )
     mixing.add_argument(
-        "--cf-test", type=runs.positive_int, default=5000,
-        help="first counterfactuals, held out to test the heads on; in training at most a tenth",
+        "--cf-test", type=runs.positive_int,
+        help="first counterfactuals, held out to test the heads on; default: 5000; in training, "
+        "and by default of a trained ensemble, at most a tenth",
     )
     network = parser.add_argument_group("network")
     network.add_argument(
@@ -1437,12 +1447,14 @@ def parse_ensemble(parser, argv):
 
     args = parser.parse_args(argv)
     check_common(parser, args, training)
+    check_arch(parser, args)
     if not args.counterfactual:
         runs.refuse_flags(parser, mixing, args, "needs --counterfactual")
     if args.explain and args.evaluate and not args.weights:
         parser.error("--explain: shows an ensemble's heads; give its --weights")
     if args.classes and (args.cue_conflict or args.imagenet9):
         parser.error("--classes: Cue-Conflict and ImageNet-9 have categories of their own")
+    check_names(parser, "--ood", args.ood, ("val", "counterfactual", "cue-conflict", "in9"))
     if args.in9_normalization == "in9" and not args.imagenet9:
         parser.error("--in9-normalization: needs --imagenet9")
     if not args.evaluate and not args.data_dir:
@@ -1476,11 +1488,10 @@ def parse_args(argv=None):
 
 def main():
     args = parse_args()
+    runs.check_one_process(args.dataset)
     device = runs.join_ranks(runs.pick_device(args.device))
     if args.dataset == "imagenet":
         classify_imagenet(args, device)
-    elif runs.rank_and_world_size()[1] > 1:
-        raise runs.UserError("several GPUs: only for --dataset imagenet; others fit one")
     else:
         classify_digits(args, device)
 

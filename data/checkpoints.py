@@ -4,6 +4,7 @@ A checkpoint holds everything that a training needs, so that a resumed run is bi
 uninterrupted one. The last two are kept.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ FROZEN = ("biggan_GT.", "u2net.")
 # Arguments that may change when a run is resumed, in all scripts.
 FREE = frozenset(
     # A preset only sets the defaults of others.
-    "preset epochs max_steps segmenter_steps seeds evaluate explain"
+    "preset epochs max_steps segmenter_steps seeds explain"
     " out resume device kernels graph recompute compile workers"
     " weights weights_dir data_dir biggan u2net pretrained"
     " log_every sample_every save_every bad_steps"
@@ -26,7 +27,7 @@ FREE = frozenset(
     " n start interpolate to frames".split()
 )
 # What runs did before there was a flag, if that is not what its default says.
-FORMER = {"texture_padding": "zeros", "mask_gain": 1.0}
+FORMER = {"texture_padding": "zeros", "mask_gain": 1.0, "shapes": "generated"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -79,6 +80,8 @@ class Training:
         if content:
             restore(path, content, args, networks, optimizers)
         self.step = content.get("step", 0)
+        if self.step > last_step and runs.is_main_rank():
+            print(f"warning: {self.step} steps are done, more than {last_step}", file=sys.stderr)
         self.extra = {}
         for name, value in (extra or {}).items():
             value = content.get(name, value)
@@ -154,10 +157,12 @@ class Training:
             )
         if self.streak == self.args.bad_steps:
             words = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+            advice = "start a new run with smaller learning rates"
+            if (self.out / "weights.pt").is_file():
+                advice += ", and with --weights of the last checkpoint, which is kept"
             raise runs.UserError(
                 f"--bad-steps: {self.streak} steps in a row up to {step} without finite losses and "
-                f"gradients ({words}); the last checkpoint is kept: start a new run from its "
-                "weights.pt with --weights and smaller learning rates"
+                f"gradients ({words}); {advice}"
             )
 
     def write_log(self):
@@ -270,6 +275,8 @@ def restore(path, content, args, networks, optimizers):
     if not isinstance(content, dict) or not needed <= content.keys():
         raise runs.UserError(f"--resume {path}: not a checkpoint of this training")
     check_settings(path, content["args"], vars(args))
+    if "weights" in content["args"]:  # what the run began with, whatever the flag says now
+        args.weights = content["args"]["weights"]
     for name, network in networks.items():
         own = network.state_dict()
         frozen = {key: value for key, value in own.items() if key.startswith(FROZEN)}
@@ -287,13 +294,30 @@ def check_settings(path, before, args, free=FREE):
     """
     before = FORMER | before
     for name, value in runs.to_jsonable(args).items():
-        if name == "textures" and {value, before.get(name)}.isdisjoint({None, "dtd"}):
+        if name in free or name not in before or before[name] == value:
             continue
-        if name not in free and name in before and before[name] != value:
+        folders = value not in (None, "dtd") and before[name] not in (None, "dtd")
+        if name == "textures" and folders:
+            continue
+        if name == "class_counts":
             raise runs.UserError(
-                f"--resume {path}: made with {name} = {before[name]}, not {value}; give the same "
-                "flags, or start a new run with another --out"
+                f"--resume {path}: the images in --data-dir have changed since; start a new run "
+                "with another --out"
             )
+        raise runs.UserError(
+            f"--resume {path}: made with {name} = {before[name]}, not {value}; give the same "
+            "flags, or start a new run with another --out"
+        )
+
+
+def check_resumed(out, args, free=FREE):
+    """UserError if the run in the folder `out` had other arguments, except those in `free`.
+
+    Called before args.json is written anew.
+    """
+    if (out / "args.json").is_file():
+        before = json.loads((out / "args.json").read_text())["args"]
+        check_settings(out, before, args, free)
 
 
 # --------------------------------------------------------------------------------------------------

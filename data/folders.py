@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional
 from data import imagenet, runs
 
 MAX_CLASSES = 1000
+SPLITS = ("train", "training", "val", "valid", "validation", "test", "testing")
 CHUNK = 250  # files that a worker process reads at a time
 MAX_WORKERS = 16
 
@@ -57,8 +58,7 @@ def load_folder(folder, size, device="cpu"):
     such data set.
     """
     folder = Path(folder)
-    top = folder / "train"
-    top = top if top.is_dir() else folder
+    top = class_folders(folder)
     names, paths, labels = find_images(top)
     check_classes(top, names, labels)
     # In random order from the start: the images are not moved in memory again.
@@ -85,12 +85,30 @@ def load_folder(folder, size, device="cpu"):
 # Finding
 
 
+def class_folders(folder):
+    """Where the folders of the training classes lie: in train/ if there is one, or in `folder`."""
+    train = Path(folder) / "train"
+    return train if train.is_dir() else Path(folder)
+
+
+def check_out(folder, out):
+    """UserError if a run's folder would lie among the class folders, and be a class itself."""
+    top = class_folders(folder)
+    if top.resolve() in Path(out).resolve().parents:
+        raise runs.UserError(f"--out {out}: lies among the classes in {top}; choose another folder")
+
+
 def find_images(folder):
     """The names of the classes in `folder`, all their files, and the files' classes, (n,)."""
     classes = imagenet.subfolders(folder, "a folder for each class")
     paths = []
     labels = []
     for label, path in enumerate(classes):
+        if path.name.lower() in SPLITS and any(child.is_dir() for child in runs.entries(path)):
+            raise runs.UserError(
+                f"{path}: holds folders, as a split of the data does, not a class; the training "
+                "images should lie in train/CLASS/, those of a test in test/CLASS/"
+            )
         files = files_within(path)
         if not files:
             endings = ", ".join(sorted(imagenet.ENDINGS))

@@ -93,7 +93,10 @@ def class_indices(texts):
             found.update(lists[text])
         elif Path(text).is_file():
             lines = Path(text).read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            found.update(class_index(line.strip()) for line in lines if line.strip())
+            listed = {class_index(line.strip()) for line in lines if line.strip()}
+            if not listed:
+                raise runs.UserError(f"class file {text}: holds no class")
+            found.update(listed)
         else:
             found.add(class_index(text))
     return sorted(found)
@@ -325,10 +328,11 @@ def counterfactual_images(patterns):
     folders = set()
     for pattern in map(str, patterns):
         # A name may look like a pattern.
-        folders.update(map(Path, [pattern] if Path(pattern).is_dir() else glob.glob(pattern)))
+        found = [pattern] if Path(pattern).is_dir() else glob.glob(pattern)
+        if not found:
+            raise runs.UserError(f"--counterfactual {pattern}: no such folder")
+        folders.update(map(Path, found))
     folders = sorted(folders)
-    if not folders:
-        raise runs.UserError(f"--counterfactual {' '.join(map(str, patterns))}: no such folder")
     paths = []
     labels = []
     for folder in folders:

@@ -135,9 +135,9 @@ def load_digits(data_dir, official_test):
         except (RuntimeError, OSError) as error:
             mirrors = " or ".join(torchvision.datasets.MNIST.mirrors)
             raise runs.UserError(
-                f"{data_dir}: MNIST is not there and cannot be downloaded ({runs.first_line(error)}); "
-                f"put {stems[0]}.gz and {stems[1]}.gz from {mirrors} into that folder, or name "
-                "another with --data-dir"
+                f"{data_dir}: MNIST is not there and cannot be downloaded "
+                f"({runs.first_line(error)}); put {stems[0]}.gz and {stems[1]}.gz "
+                f"from {mirrors} into that folder, or name another with --data-dir"
             ) from None
     image_file, label_file = [find_idx(data_dir, stem) for stem in stems]
     digits = read_idx(image_file)
@@ -155,7 +155,7 @@ def load_digits(data_dir, official_test):
 # Textures
 
 
-def load_textures(textures, data_dir):
+def load_textures(textures, data_dir, offline=False):
     """Object and background textures, uint8 (10, 3, TEXTURE_SIZE, TEXTURE_SIZE) each.
 
     textures: None (drawn ones), "dtd", or a folder with object/ and background/ in it.
@@ -163,7 +163,7 @@ def load_textures(textures, data_dir):
     if textures is None:
         return synthetic.synthetic_textures(seed=0, size=TEXTURE_SIZE)
     if textures == "dtd":
-        return load_dtd(data_dir)
+        return load_dtd(data_dir, offline)
     folder = Path(textures)
     return load_texture_folder(folder / "object"), load_texture_folder(folder / "background")
 
@@ -183,13 +183,21 @@ def load_texture_folder(folder):
     return torch.stack([read_texture(file) for file in files])
 
 
-def load_dtd(data_dir):
-    """The photographs of the published data set, out of DTD (625 MB, fetched by torchvision)."""
+def load_dtd(data_dir, offline=False):
+    """The photographs of the published data set, out of DTD (625 MB, downloaded by torchvision).
+
+    offline: UserError in place of a download.
+    """
     folder = data_dir / "dtd" / "dtd" / "images"
     files = {}
     for kind, numbers in DTD_IMAGES.items():
         files[kind] = [folder / kind / f"{kind}_{number}.jpg" for number in numbers.split()]
     if not all(file.is_file() for file in files["striped"] + files["veined"]):
+        if offline:
+            raise runs.UserError(
+                f"--textures dtd: {folder} is not there, and --offline downloads nothing; leave "
+                "one of the two out"
+            )
         try:
             torchvision.datasets.DTD(data_dir, download=True)
         except (RuntimeError, OSError) as error:
@@ -381,7 +389,7 @@ def load_variant(name, data_dir, *, textures=None, offline=False, seed=0, device
     """
     row = VARIANTS[name]
     data_dir = Path(data_dir)
-    pair = load_textures(textures, data_dir) if row["objects"] is None else None
+    pair = load_textures(textures, data_dir, offline) if row["objects"] is None else None
     if offline:
         digits, labels = synthetic.synthetic_digits(OFFLINE_DIGITS, seed=0)
     else:

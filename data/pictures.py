@@ -146,9 +146,11 @@ def segmentation_sheet(cgn, images, masks, labels, count=4):
     y = shown_classes(cgn)
     order = labels.argsort(stable=True)
     first = torch.searchsorted(labels[order], y)
+    counts = labels.bincount(minlength=len(cgn.names))[y]
     columns = []
     for column in range(count):
-        index = order[(first + column).clamp(max=len(order) - 1)]
+        place = first + column % counts.clamp(min=1)  # again from the first if there are few
+        index = order[place.clamp(max=len(order) - 1)]
         z = torch.randn(2, len(y), cgn.z_dim, generator=generator).to(device)
         offsets = torch.randint(cgn.size, (2, len(y), 2), generator=generator).to(device)
         foreground = cgn.foreground(z[0], (y + 3 + column) % len(cgn.names))

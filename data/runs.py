@@ -37,6 +37,10 @@ except ImportError:
 ROOT = Path(__file__).resolve().parent.parent  # the repository, wherever a script is started from
 DOWNLOADS = ROOT / "data" / "downloads"  # default of --data-dir and --weights-dir; git ignores it
 LOCK = ".lock"  # the file in a run folder that its process holds
+OFFLINE = (
+    "OFFLINE: networks without a file are random, MNIST's digits and textures synthetic. Results "
+    "say nothing about MNIST or ImageNet."
+)
 
 
 class UserError(Exception):
@@ -54,9 +58,9 @@ class Stopped(Exception):
 def run_main(main):
     """Call `main()`, and set the exit code.
 
-    2, and one line on standard error, for a UserError or a full memory; 128 + the signal's number
-    for a stopped run, so that neither `train && generate` nor a scheduler takes it for a complete
-    one.
+    2, and one line on standard error, for a UserError, a file that the system refuses, or a full
+    memory; 128 + the signal's number for a stopped run, so that neither `train && generate` nor a
+    scheduler takes it for a complete one.
     """
     protect_output()
     try:
@@ -65,6 +69,12 @@ def run_main(main):
         sys.exit(128 + stop.number)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        # A folder that may not be read, a name that is too long, a full disk.
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -173,12 +183,17 @@ def fraction(text):
     return finite_float(text, 0.0, 1.0)
 
 
-def truncation(text):
-    """argparse type: a number above 0 and at most 1."""
-    value = finite_float(text, 0.0, 1.0)
+def positive_float(text, high=math.inf):
+    """argparse type: a finite number above 0."""
+    value = finite_float(text, 0.0, high)
     if value == 0:
         raise argparse.ArgumentTypeError("should be above 0")
     return value
+
+
+def truncation(text):
+    """argparse type: a number above 0 and at most 1."""
+    return positive_float(text, high=1.0)
 
 
 def name_and_path(text):
@@ -306,6 +321,12 @@ def join_ranks(device):
             torch.cuda.set_device(device)
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def check_one_process(dataset):
+    """UserError if torchrun started several processes for a data set that needs only one."""
+    if dataset != "imagenet" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("several GPUs: only for --dataset imagenet; others fit one")
 
 
 def rank_and_world_size():
@@ -514,7 +535,8 @@ def check_folder(out, script, resuming):
     """UserError if `out` cannot be this run's folder."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: a file of that name exists; choose another folder")
-    if not out.is_dir() or all(path.name == LOCK for path in out.iterdir()):
+    # A run that was cut short before its args.json left no more than a lock and an empty log.
+    if not out.is_dir() or all(path.name in (LOCK, "log.jsonl") for path in out.iterdir()):
         return
     try:
         ours = json.loads((out / "args.json").read_text())["script"] == script

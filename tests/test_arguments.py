@@ -294,6 +294,12 @@ RUNS = """
 . train_cgn TINY --resume
 . train_cgn TINY --max-steps 0 --weights GENERATORFILE --segmenter-steps 1
 train_cgn TINY --max-steps 0
+train_cgn TINY --weights GENERATORFILE --init normal
+train_cgn TINY --weights GENERATORFILE --mask-gain 2
+train_cgn TINY --offline
+train_cgn TINY --mask-gain 0
+train_cgn --dataset imagenet --preset small --offline --weights NOWHERE --u2net NOWHERE --out OUT
+train_cgn --dataset wildlife_mnist --offline --textures dtd --out OUT
 train_cgn --dataset imagenet --preset small --offline --max-steps 0 --out OUT
 train_cgn TINY --epochs 2147483647 --max-steps 1
 train_cgn TINY --textures NOWHERE
@@ -337,7 +343,9 @@ generate GENERATOR --images DIGITS
 generate --n 3 --dataset imagenet --factual --out OUT
 . generate --n 3 --out OUT
 generate --n 3 --dataset cifar --out OUT
+generate --dataset imagenet --mode best --classes imagenette --out OUT
 . train_classifier DIGIT --batch-size 2147483647
+. train_classifier DIGIT --batch-size 1
 . train_classifier DIGIT --epoch-steps 2147483647 --max-steps 1
 . train_classifier DIGIT --lr 0 --gamma 0
 . train_classifier DIGIT --gamma 1e30 --epochs 2
@@ -357,6 +365,7 @@ train_classifier DIGIT --counterfactual NOWHERE
 train_classifier DIGIT --train counterfactual --counterfactual DIGITS
 train_classifier DIGIT --weights GENERATORFILE
 train_classifier DIGIT --evaluate
+train_classifier DIGIT --offline
 train_classifier DIGIT --arch resnet18
 train_classifier DIGIT --workers 2
 train_classifier --dataset imagenet --data-dir NOWHERE --offline --batch-size 2147483647 --out OUT

@@ -209,8 +209,31 @@ def test_several_counterfactual_sets_are_used_together(colored, counterfactuals,
     assert line["step"] == 1096 // 10 + 1
 
 
+def test_a_last_batch_of_one_image_is_left_out(few_digits, tmp_path):
+    flags = f"--dataset colored_mnist --data-dir {few_digits} --device cpu --batch-size 5".split()
+    run("train_classifier.py", *flags, "--epochs", 1, "--out", tmp_path)
+    (line,) = epoch_lines(tmp_path)
+    assert line["step"] == 96 // 5
+
+
 # --------------------------------------------------------------------------------------------------
 # Resuming
+
+
+def test_a_run_with_other_images_is_refused_and_keeps_its_description(
+    colored, counterfactuals, tmp_path
+):
+    flags = ["train_classifier.py", *colored, "--train", "counterfactual", "--epochs", 1]
+    flags += ["--epoch-steps", 2, "--out", tmp_path]
+    run(*flags, "--counterfactual", *counterfactuals)
+    before = (tmp_path / "args.json").read_text()
+    one = ["--counterfactual", counterfactuals[0], "--resume"]
+    done = run(*flags, *one, expect=2)
+    assert "made with training_images = 1000, not 700" in done.stderr
+    evaluate = ["--evaluate", "--weights", tmp_path / "seed_0" / "weights.pt", "--resume"]
+    done = run("train_classifier.py", *colored[:6], *evaluate, "--out", tmp_path, expect=2)
+    assert "made with evaluate = False, not True" in done.stderr
+    assert (tmp_path / "args.json").read_text() == before
 
 
 def epoch_lines(out):
@@ -278,64 +301,3 @@ def test_the_methods_resume_with_several_seeds(colored, tmp_path, method):
         a, b = (seed[name] for seed in results["seeds"].values())
         assert summary["mean"] == pytest.approx((a + b) / 2)
         assert summary["std"] == pytest.approx(abs(a - b) / 2**0.5)
-
-
-def write_old_checkpoint(path, steps_per_epoch):
-    """Replace a checkpoint by what an earlier version would have written. Returns both contents."""
-    new = load(path)
-    args = dict(new["args"])
-    args["max_steps"] = args["epoch_steps"]  # the name meant the steps of an epoch
-    for name in ("epoch_steps", "log_every", "save_every"):
-        del args[name]
-    finished = new["step"] - new["epoch"] * steps_per_epoch
-    old = {
-        "classifier": new["classifier"],
-        "colour_head": new["color_head"],
-        "optimizer": new["optimizers"][0],
-        "args": args,
-        "epoch": new["epoch"],
-        "position": finished * 10,  # images of the epoch that were seen
-        "sums": new["sums"][:2],
-        "best": new["best"],
-        "numbers": new["metrics"],
-    }
-    torch.save(old, path)
-    return new, old
-
-
-def check_old_checkpoint(flags, whole, out, step, steps_per_epoch):
-    """A run that is cut at a step, with a checkpoint of an earlier version, ends like a whole one.
-
-    Returns the contents of that checkpoint.
-    """
-    run(*flags, "--max-steps", step, "--out", out)
-    path = out / "seed_0" / "checkpoint.pt"
-    new, old = write_old_checkpoint(path, steps_per_epoch)
-    upgraded = train_classifier.upgrade_checkpoint(copy.deepcopy(old), steps_per_epoch)
-    assert upgraded.keys() == new.keys() - {"window"}
-    assert upgraded["step"] == new["step"] == step
-    assert upgraded["args"]["epoch_steps"] == new["args"]["epoch_steps"]
-    assert torch.equal(upgraded["sums"], new["sums"])
-    assert train_classifier.upgrade_checkpoint(new, steps_per_epoch) is new
-
-    run(*flags, "--resume", "--out", out)
-    content = load(path)
-    expected = load(whole / "seed_0" / "checkpoint.pt")
-    for name in ("classifier", "color_head", "optimizers", "step", "epoch", "metrics"):
-        assert same(content[name], expected[name]), name
-    assert epoch_lines(out)[-1] == epoch_lines(whole)[-1]
-    return old
-
-
-def test_a_checkpoint_of_an_earlier_version_resumes(colored, whole, tmp_path):
-    flags = ["train_classifier.py", *colored, "--epochs", 3]
-    old = check_old_checkpoint(flags, whole, tmp_path / "run", 10, 10)
-    # Stopped after the last step of the second epoch, which holds 6 images, before the test.
-    old |= {"epoch": 1, "position": 96}
-    assert train_classifier.upgrade_checkpoint(old, 10)["step"] == 20
-
-
-def test_a_checkpoint_of_an_earlier_version_resumes_within_an_epoch(colored, tmp_path):
-    flags = ["train_classifier.py", *colored, "--epochs", 3, "--epoch-steps", 7]
-    run(*flags, "--out", tmp_path / "whole")
-    check_old_checkpoint(flags, tmp_path / "whole", tmp_path / "run", 17, 7)

@@ -515,7 +515,7 @@ def test_a_transformer_of_another_size_is_refused():
     args = parse_args("--data-dir", "x", "--arch", "vit_b_16", "--image-size", 32)
     with torch.device("meta"):
         ensemble = train_classifier.Ensemble("vit_b_16")
-    with pytest.raises(runs.UserError, match="vit_b_16: takes images of 224 pixels"):
+    with pytest.raises(runs.UserError, match="takes no images of 32 pixels .*Expected 224"):
         train_classifier.check_image_size(args, ensemble.backbone)
 
 
@@ -561,6 +561,22 @@ def test_pretrained_weights_are_fetched_and_checked(server, tmp_path, monkeypatc
     assert torch.equal(baseline.fc.weight, plain.fc.weight)
     ensemble = train_classifier.load_ensemble(args)
     assert torch.equal(ensemble.backbone.conv1.weight, plain.conv1.weight)
+
+
+def test_held_out_counterfactuals_stay_held_out(counterfactuals):
+    """What is tested on may not have been trained on, unless --cf-test says so."""
+    flags = ["--data-dir", "x", "--counterfactual", counterfactuals]
+    trained = [*EVALUATE, "x"]
+    for more, tested in (
+        ([], 1),
+        (["--cf-test", 5], 1),
+        (trained, 1),
+        ([*trained, "--cf-test", 5], 5),
+        (["--evaluate", "--baseline"], 9),
+    ):
+        (paths, labels), rest = train_classifier.split_counterfactuals(parse_args(*flags, *more))
+        assert len(paths) == len(labels) == tested
+        assert rest is None if "--evaluate" in more else len(rest[0]) == 9 - tested
 
 
 # --------------------------------------------------------------------------------------------------
@@ -709,6 +725,9 @@ def test_lists_of_classes(tmp_path):
     assert found == [0, 217, 482, 491, 497, 566, 569, 571, 574, 701, 999]
     with pytest.raises(runs.UserError, match="class 'no such': no class of that name"):
         imagenet.class_indices(["imagenette", "no such"])
+    (tmp_path / "empty").write_text("\n")
+    with pytest.raises(runs.UserError, match="empty: holds no class"):
+        imagenet.class_indices([tmp_path / "empty"])
     logits = torch.arange(1000.0).expand(2, 3, -1)
     kept = train_classifier.only_classes(logits, [3, 7])
     assert kept.argmax(2).unique().tolist() == [7] and kept.isfinite().sum() == 2 * 3 * 2
@@ -733,7 +752,7 @@ def test_the_whole_chain_tests_everything(whole):
 def test_a_checkpoint_and_a_log_hold_what_they_should(whole):
     out, _ = whole
     checkpoint = load(out / "checkpoint.pt")
-    parts = {"ensemble", "args", "step", "arch", "epoch", "best", "loss_sum"}
+    parts = {"ensemble", "args", "step", "arch", "epoch", "best", "sums"}
     assert checkpoint.keys() == parts | {"optimizers", "window"}
     assert load(out / "weights.pt").keys() == parts
     assert checkpoint["step"] == 6
@@ -932,6 +951,10 @@ def test_mistakes(miniature, tmp_path, monkeypatch, capsys):
         ([*data, "--seeds", 1, 2], "unrecognized arguments: --seeds"),
         ([*data, "--batch-size", 16], "larger than the 12"),
         ([*data, "--ood", "name"], "should be NAME=PATH"),
+        ([*data, "--ood", "val=x"], "--ood val=...: the name is taken"),
+        ([*data, "--ood", "A=x", "B=x", "A=y"], "--ood A=...: the name is taken"),
+        ([*data, "--counterfactual", tmp_path / "none"], "none: no such folder"),
+        (["--evaluate", "--baseline", "--arch", "deeplabv3_resnet50"], "not a classifier"),
     ):
         out = tmp_path / "out"
         command = ["train_classifier.py", *NETWORK, *flags, "--out", out]

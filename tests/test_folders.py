@@ -221,7 +221,14 @@ def unknown_test_class(root):
     return "cow: the training images have no such class"
 
 
+def splits_of_other_names(root):
+    for split in ("Train", "Test"):
+        save(root / split / "cat" / "a.png")
+    return "Test: holds folders, as a split of the data does, not a class"
+
+
 UNREADABLE = [
+    splits_of_other_names,
     empty_class,
     damaged_class,
     much_damaged,
@@ -285,6 +292,16 @@ def test_far_too_large_images_are_left_out(tmp_path, monkeypatch):
     save(tmp_path / "a.png", (100, 100))
     monkeypatch.setattr(imagenet, "MAX_PIXELS", 9_999)
     assert folders.read_square(tmp_path / "a.png", 32) is None
+
+
+def test_a_run_within_the_folder_of_classes_is_refused(tmp_path):
+    two_classes(tmp_path / "flat")
+    save(tmp_path / "split" / "train" / "cat" / "a.png")
+    with pytest.raises(runs.UserError, match="lies among the classes"):
+        folders.check_out(tmp_path / "flat", tmp_path / "flat" / "runs" / "a")
+    with pytest.raises(runs.UserError, match="lies among the classes"):
+        folders.check_out(tmp_path / "split", tmp_path / "split" / "train" / "a")
+    folders.check_out(tmp_path / "split", tmp_path / "split" / "runs")
 
 
 def test_a_tenth_is_held_out(tmp_path):
@@ -396,6 +413,7 @@ def test_chain(png_digits, tmp_path):
         ("train_classifier.py --arch resnet1", "not a classifier of torchvision"),
         ("train_classifier.py --arch vit_b_16", "does not take images of 32 x 32 pixels"),
         ("train_classifier.py --arch googlenet", "or does not return logits alone"),
+        ("train_classifier.py --test biased=x", "--test biased=...: the name is taken"),
         ("train_classifier.py --explain 3", "--explain: only on the MNIST variants and ImageNet"),
         ("train_cgn.py --image-size 48", "argument --image-size: invalid choice: 48"),
         ("train_cgn.py --offline --batch-size 9999", "larger than the 540 training images"),
@@ -422,7 +440,7 @@ def test_the_generator_of_other_classes_is_refused(png_digits, tmp_path):
     run("train_cgn.py", *flags, "--out", tmp_path / "cgn")
     save(root / "cow" / "a.png")
     done = run("train_cgn.py", *flags, "--out", tmp_path / "cgn", "--resume", expect=2)
-    assert "made with class_counts = {'cat': 18, 'dog': 18}" in done.stderr
+    assert "the images in --data-dir have changed since" in done.stderr
     weights = ["--weights", tmp_path / "cgn" / "weights.pt", "--shapes", "real"]
     done = run("generate.py", *weights, "--data-dir", root, "--out", tmp_path / "cf", expect=2)
     assert "its classes are not the generator's" in done.stderr

@@ -490,6 +490,25 @@ def test_training_starts_from_given_weights(small_cgn, tmp_path):
     assert "of another --preset" in done.stderr
 
 
+def test_what_a_run_depends_on_cannot_change_when_it_is_resumed(tmp_path):
+    u2net = load(train_cgn.SMALL_WEIGHTS)["u2net"]
+    torch.save(u2net, tmp_path / "u2net.pth")
+    (tmp_path / "classes.txt").write_text("tabby\nzebra\n")
+    flags = [*SMALL_IMAGENET, "--u2net", tmp_path / "u2net.pth"]
+    flags += ["--classes", tmp_path / "classes.txt", "--accumulate", 1, "--out", tmp_path / "run"]
+    run("train_cgn.py", *flags, "--max-steps", 1)
+    assert load(tmp_path / "run" / "weights.pt")["args"]["classes"] == [281, 340]
+
+    (tmp_path / "classes.txt").write_text("goldfish\n")
+    done = run("train_cgn.py", *flags, "--max-steps", 2, "--resume", expect=2)
+    assert "made with classes = [281, 340], not [1]" in done.stderr
+    (tmp_path / "classes.txt").write_text("zebra\ntabby\n")
+    changed = {name: value + 1 for name, value in u2net.items()}
+    torch.save(changed, tmp_path / "u2net.pth")
+    done = run("train_cgn.py", *flags, "--max-steps", 2, "--resume", expect=2)
+    assert "--u2net: not the U^2-Net that this run began with" in done.stderr
+
+
 # --------------------------------------------------------------------------------------------------
 # Generation
 
@@ -529,6 +548,12 @@ def check_whole(out, whole):
     """A folder holds the files and rows of the whole."""
     assert read_pictures(out) == whole[0]
     assert read_rows(out) == whole[1]
+
+
+def test_a_row_names_the_counterfactual_first_of_all():
+    for save, part in ((["mask", "counterfactual"], "counterfactual"), (["mask"], "mask")):
+        args = types.SimpleNamespace(save=save, format="png", seed=0)
+        assert generate.label_row(args, None, 7, [1, 2, 3])[0] == f"{part}/0000007.png"
 
 
 def test_a_row_tells_what_is_drawn(whole):

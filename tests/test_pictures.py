@@ -9,6 +9,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from data import mnist, pictures
+from train_cgn import MnistCGN
 from train_classifier import Ensemble, MnistClassifier
 
 
@@ -131,3 +132,15 @@ def test_the_digit_classifier_explains_itself(digits_dir, tmp_path):
     assert {"heat map IoU", "decorrelated", "correlated", "biased"} <= again.keys()
     assert "heat map IoU" in done.stdout
     assert Image.open(out / "seed_0" / "explain.png").height > 5 * 32
+
+
+def test_few_images_of_a_class_are_shown_again(monkeypatch):
+    """A row of the segmenter's sheet shows its own class alone."""
+    monkeypatch.setattr(pictures, "tile_sheet", lambda images, *rest: images)
+    cgn = MnistCGN(names=["cat", "dog"]).eval()
+    images = torch.tensor([200, 10, 20, 30], dtype=torch.uint8)[:, None, None, None]
+    images = images.expand(4, 3, 32, 32)
+    labels = torch.tensor([0, 1, 1, 1])
+    columns = pictures.segmentation_sheet(cgn, images, images[:, :1], labels)
+    shown = (255 * columns[:, ::3, 0, 0, 0]).round().tolist()
+    assert shown == [[200, 200, 200, 200], [10, 20, 30, 10]]

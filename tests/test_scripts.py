@@ -329,7 +329,20 @@ def test_generation_resumes(trained, tmp_path):
     run("generate.py", *flags, "--resume")
     assert same(load(last), before) and first.stat().st_mtime_ns == stamp
     done = run("generate.py", *flags, "--resume", "--seed", 1, expect=2)
-    assert "other settings" in done.stderr
+    assert "made with seed = 0, not 1" in done.stderr
+    (tmp_path / "a" / "args.json").write_text('{"script": "generate.py", "args": {}}')
+    done = run("generate.py", *flags, "--resume", "--seed", 1, expect=2)
+    assert "chunk_00000.pt was made with other settings" in done.stderr
+
+
+def test_pictures_of_a_data_set_can_be_added(trained, tmp_path):
+    flags = ["--weights", trained / "weights.pt", "--n", 5, "--out", tmp_path, "--resume"]
+    run("generate.py", *flags)
+    run("generate.py", *flags, "--format", "png")
+    assert len(list((tmp_path / "counterfactual").iterdir())) == 5
+    (tmp_path / "counterfactual" / "0000003.png").unlink()
+    run("generate.py", *flags, "--format", "png")
+    assert len(list((tmp_path / "counterfactual").iterdir())) == 5
 
 
 def test_classifier_resumes_and_repeats(digits_dir, tmp_path):
@@ -382,6 +395,19 @@ def test_presets_are_defaults_and_flags_win(variant):
     assert published["epochs"] == 15 and published["lr"] == published["norm_lr"] == 2e-4
     args = parse_args([*flags, "--preset", "published", "--ema", "0.5", "--lr", "7"])
     assert args.ema == 0.5 and args.lr == 7 and args.r1 == 0
+
+
+def test_warm_up_is_for_new_generators(tmp_path, tiny):
+    argv = "--dataset colored_mnist --out x".split()
+    for more, steps in (
+        ([], 1000),
+        (["--weights", "x"], 0),
+        (["--weights", "x", "--warmup", "7"], 7),
+        (["--preset", "published"], 0),
+    ):
+        assert parse_args([*argv, *more]).warmup == steps
+    flags = ["--dataset", "colored_mnist", *tiny, "--max-steps", 2, "--out", tmp_path]
+    assert "all 2 steps are warm-up" in run("train_cgn.py", *flags).stderr
 
 
 def test_presets_of_imagenet():
@@ -438,7 +464,7 @@ MISTAKES = {
         "train_cgn.py --dataset wildlife_mnist --data-dir TRUNCATED --out OUT",
         "train-images-idx3-ubyte",
     ),
-    "no digits": (f"{COLORED} --data-dir NOWHERE", "--offline"),
+    "no digits": (f"{COLORED} --data-dir NOWHERE", "name another with --data-dir"),
     "no VGG": (f"{COLORED} --data-dir DIGITS --weights-dir NOWHERE/vgg.pth", "vgg.pth"),
     "foreign checkpoint": (f"{DIGITS} --resume FOREIGN", "not a checkpoint"),
     "checkpoint missing": (f"{DIGITS} --resume NOWHERE", "no such file"),

@@ -175,7 +175,7 @@ def test_real_shapes_end_to_end(segmented, digits_dir, tmp_path):
         tmp_path / "real",
         expect=2,
     )
-    assert "made with other settings" in done.stderr
+    assert "made with seed = 0, not 1" in done.stderr
 
     flags = ["--dataset", "colored_mnist", "--data-dir", digits_dir, "--device", "cpu"]
     flags += ["--train", "counterfactual", "--epochs", 1, "--epoch-steps", 2]
@@ -219,6 +219,18 @@ def test_bad_input(flags, message, untrained, digits_dir, tmp_path):
     done = run("generate.py", "--weights", untrained, *flags, "--out", out, expect=2)
     assert message in done.stderr and "Traceback" not in done.stderr
     assert not list(out.glob("*.p*"))
+
+
+@pytest.mark.parametrize("trained, given", [("dtd", None), (None, "dtd")])
+def test_other_textures_than_in_training_are_refused(trained, given, untrained, tmp_path):
+    content = load(untrained)
+    content["args"] |= {"dataset": "wildlife_mnist", "textures": trained}
+    torch.save(content, tmp_path / "weights.pt")
+    argv = ["--weights", str(tmp_path / "weights.pt"), "--shapes", "real"]
+    argv += ["--textures", given] if given else []
+    args = generate.parse_args([*argv, "--out", str(tmp_path / "out")])
+    with pytest.raises(runs.UserError, match="was trained with (no )?--textures"):
+        generate.generate_mnist(args, torch.device("cpu"))
 
 
 def test_no_object_anywhere(untrained, digits_dir, tmp_path, monkeypatch):

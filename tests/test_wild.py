@@ -253,7 +253,8 @@ def test_a_digit_set_is_made_longer(untrained, tmp_path):
     run("generate.py", *flags, tmp_path / "whole", "--n", 50)
     assert same(load(path), load(tmp_path / "whole" / "chunk_00000.pt"))
     done = run("generate.py", *flags, tmp_path / "grown", "--n", 20, "--resume", expect=2)
-    assert "other settings" in done.stderr
+    assert "goes on to image 50" in done.stderr
+    assert (tmp_path / "grown" / "dataset.json").is_file()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -362,6 +363,21 @@ def test_a_folder_named_tensorboard_is_no_tensorboard(tmp_path, monkeypatch, cap
     runs.Log(tmp_path / "log.jsonl").write(1, loss=2.0)
     assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
     assert "no TensorBoard" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        runs.run_main(lambda: (tmp_path / "none" / "a").read_text())
+    assert capsys.readouterr().err == f"error: {tmp_path}/none/a: No such file or directory\n"
+
+
+def test_a_run_that_was_cut_before_its_description_begins_again(tmp_path):
+    (tmp_path / "log.jsonl").write_text("")
+    with runs.claim_folder(tmp_path, "train_cgn.py", None):
+        pass
+    (tmp_path / "other").write_text("")
+    with pytest.raises(runs.UserError, match="holds other files"):
+        runs.check_folder(tmp_path, "train_cgn.py", "auto")
 
 
 def test_a_log_that_cannot_grow_is_one_line(tmp_path):

@@ -291,7 +291,7 @@ def test_training_skips_a_bad_step(tiny, tmp_path, monkeypatch, capsys, every):
 def test_training_gives_up_after_many_bad_steps(tiny, tmp_path, monkeypatch):
     poison(monkeypatch, [3, 4, 5])
     flags = [*tiny, "--bad-steps", 3, "--log-every", 1, "--save-every", 1]
-    words = "3 steps in a row up to 5 .*nan.*last checkpoint is kept"
+    words = "3 steps in a row up to 5 .*nan.*last checkpoint, which is kept"
     with pytest.raises(UserError, match=words):
         train_in_process(monkeypatch, *flags, "--out", tmp_path / "run")
     lines = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]

@@ -599,6 +599,7 @@ def corner_pixels(image):
     length = 10 * image.shape[-1] // 32
     corners = []
     for dims in ((), (2,), (3,), (2, 3)):
+        # Flipped, so that each of the four corners lies at the upper left.
         corner = image.flip(dims)[..., :length, :length]
         across = corner[..., :width, :].flatten(2)
         down = corner[..., width:, :width].flatten(2)
@@ -1111,7 +1112,7 @@ def train_segmenter(args, trained, data, bf16, device):
     segmenter = Segmenter(cgn.size).to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(segmenter.parameters(), fused=True)
     path, content = checkpoints.read_checkpoint(out, "auto" if args.resume else None)
-    if content.get("generator_step") != trained.step:  # of a generator that was trained on
+    if content.get("generator_step") != trained.step:  # the generator was trained on since
         content = {}
     training = checkpoints.Training(
         out,
@@ -1307,9 +1308,9 @@ def derive(network, truncation, dtype=None):
         weight = normalized_weight(layer)
         if isinstance(layer, UpsampleConv2d):
             weight = upsampling_kernel(weight)
-        # Those of norms and self-attention go into more tensors below, at full precision.
-        goes_on = name.endswith(("scale", "offset")) or "snconv" in name
-        pairs.append(set_leaf(layer, "weight", weight, None if goes_on else dtype))
+        # Those of norms and self-attention become parts of other tensors below: at full precision.
+        is_part = name.endswith(("scale", "offset")) or "snconv" in name
+        pairs.append(set_leaf(layer, "weight", weight, None if is_part else dtype))
     for biggan in network.modules():
         if isinstance(biggan, BigGAN) and biggan.generator.bn.running_means is not None:
             pairs += derive_norms(biggan, truncation, dtype)

@@ -197,19 +197,20 @@ class TorchvisionClassifier(nn.Module):
 def make_classifier(args, data):
     """The classifier of --arch, with the weights of --weights if they are given.
 
-    UserError if --arch cannot take images of this size.
+    UserError if --arch cannot take images of this size, or batches of one.
     """
     classes, size = len(data.original.names), data.original.size
     if getattr(args, "arch", "digits") == "digits":
         classifier = MnistClassifier(classes, size)
     else:
         classifier = TorchvisionClassifier(args.arch, classes)
+        images = torch.zeros(min(args.batch_size, 2), 3, size, size)
         try:  # a copy, in training: there some return a tuple
-            copy.deepcopy(classifier).train()(torch.zeros(2, 3, size, size))
+            copy.deepcopy(classifier).train()(images)
         except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
             raise runs.UserError(
-                f"--arch {args.arch}: does not take images of {size} x {size} pixels, or does not "
-                f"return logits alone ({runs.first_line(error)})"
+                f"--arch {args.arch}: does not take images of {size} x {size} pixels in batches of "
+                f"{args.batch_size}, or does not return logits alone ({runs.first_line(error)})"
             ) from None
     if args.weights:
         load_classifier(classifier, args.weights)
@@ -513,9 +514,9 @@ def train_digits(args, seed, out, data, device, stop):
 
     batch_size = args.batch_size
     count = args.training_images
-    if count % batch_size == 1:
+    if count > 1 and count % batch_size == 1:
         count -= 1  # BatchNorm cannot normalize a last batch of one
-    steps_per_turn = math.ceil(max(count, 1) / batch_size)  # a turn takes all images once
+    steps_per_turn = math.ceil(count / batch_size)  # a turn takes all images once
     steps_per_epoch = args.epoch_steps or steps_per_turn
     turns_per_epoch = math.ceil(steps_per_epoch / steps_per_turn)
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
@@ -562,26 +563,36 @@ def train_digits(args, seed, out, data, device, stop):
             # Log, checkpoint, stop
             training.end_step(results, skipped)
 
-        # Test
-        mean_loss, train_accuracy = (extra["sums"][:2] / extra["sums"][2]).tolist()
-        metrics = {"loss": mean_loss, "train": 100 * train_accuracy}
-        metrics |= measure_digits(classifier, data)
-        training.log.write(training.step, epoch=epoch + 1, seed=seed, **metrics)
-        words = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        print(f"seed {seed}  epoch {epoch + 1}/{args.epochs}  {words}", flush=True)
         # An epoch that --max-steps cuts does not count as one: it may be resumed.
         whole = training.step == first_step + steps_per_epoch
-        # Chosen without a look at the test digits: that would be selecting on what is measured.
-        if metrics["biased"] > extra["best"] and (whole or extra["best"] < 0):
-            runs.save_tensors(out / "weights_best.pt", classifier.state_dict())
-        runs.save_tensors(out / "weights.pt", classifier.state_dict())
-        extra["metrics"] = metrics
-        if whole:
-            extra["epoch"] = epoch + 1
-            extra["sums"].zero_()
-            extra["best"] = max(extra["best"], metrics["biased"])
-        training.save()
+        finish_epoch(args, seed, training, data, epoch, whole)
     return extra["metrics"] | measure_heat_maps(args, classifier, data, out)
+
+
+def finish_epoch(args, seed, training, data, epoch, whole):
+    """Test the classifier, write its metrics and weights, and a checkpoint.
+
+    whole: whether all steps of the epoch, counted from 0, were taken.
+    """
+    classifier = training.networks["classifier"]
+    extra = training.extra
+    mean_loss, train_accuracy = (extra["sums"][:2] / extra["sums"][2]).tolist()
+    metrics = {"loss": mean_loss, "train": 100 * train_accuracy}
+    metrics |= measure_digits(classifier, data)
+    training.log.write(training.step, epoch=epoch + 1, seed=seed, **metrics)
+    words = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+    print(f"seed {seed}  epoch {epoch + 1}/{args.epochs}  {words}", flush=True)
+
+    # Chosen without a look at the test digits: that would be selecting on what is measured.
+    if metrics["biased"] > extra["best"] and (whole or extra["best"] < 0):
+        runs.save_tensors(training.out / "weights_best.pt", classifier.state_dict())
+    runs.save_tensors(training.out / "weights.pt", classifier.state_dict())
+    extra["metrics"] = metrics
+    if whole:
+        extra["epoch"] = epoch + 1
+        extra["sums"].zero_()
+        extra["best"] = max(extra["best"], metrics["biased"])
+    training.save()
 
 
 def evaluate_digits(args, out, data, device):

@@ -412,6 +412,7 @@ def test_chain(png_digits, tmp_path):
         ("train_classifier.py --train decorrelated", "only of the MNIST variants"),
         ("train_classifier.py --arch resnet1", "not a classifier of torchvision"),
         ("train_classifier.py --arch vit_b_16", "does not take images of 32 x 32 pixels"),
+        ("train_classifier.py --arch resnet18 --batch-size 1", "in batches of 1"),
         ("train_classifier.py --arch googlenet", "or does not return logits alone"),
         ("train_classifier.py --test biased=x", "--test biased=...: the name is taken"),
         ("train_classifier.py --explain 3", "--explain: only on the MNIST variants and ImageNet"),

@@ -150,8 +150,10 @@ def fetch(entry, folder, sources):
         except ValueError as error:
             failures.append(f"{url}: {error}")
             continue
-        with runs.atomic(path) as temporary:
-            os.replace(part, temporary)
+        with disk_errors(path):
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
         return path
     raise runs.UserError(
         f"cannot download {entry['file']} ({'; '.join(failures)}); try again later, put the file "
@@ -194,11 +196,19 @@ def download_from(url, entry, path):
     """Complete the partial file `path` from one URL and check it. ValueError if that fails."""
     check_url(url)
     part = PartialFile(path)
+    resumed = part.size > 0
     for attempt in range(ATTEMPTS):
         problem = try_once(url, entry, part)
-        if problem is None:
-            check_content(entry, part)
+        if problem is None and is_entry(entry, part):
             return
+        if problem is None:
+            part.path.unlink(missing_ok=True)
+            if not resumed:
+                raise ValueError("what came has the wrong size or SHA-256 and was deleted")
+            # A power cut may have damaged what was there before.
+            problem = f"{path.name} was damaged and is deleted"
+            part.restart()
+            resumed = False
         if attempt + 1 < ATTEMPTS:
             say(f"{entry['file']}: {problem}; trying again")
             time.sleep(BACKOFF * 2**attempt)
@@ -263,18 +273,19 @@ def announced_size(response, start, size):
     return int(total)
 
 
-def check_content(entry, part):
-    """ValueError, and the file is deleted, if a downloaded file is not the entry's."""
+def is_entry(entry, part):
+    """Whether a downloaded file is the entry's, by its SHA-256; if none is published, whether it
+    holds tensors and its own checksums are right.
+    """
     digest = part.digest.hexdigest()
     if entry["sha256"]:
-        intact = digest.startswith(entry["sha256"])
-    else:
-        intact = part.size > 0 and runs.is_intact_archive(part.path)
-    if not intact:
-        part.path.unlink(missing_ok=True)
-        raise ValueError("what came has the wrong size or SHA-256 and was deleted")
-    if not entry["sha256"]:
-        say(f"{entry['file']}: SHA-256 {digest}; none is published to compare it with")
+        return digest.startswith(entry["sha256"])
+    try:
+        runs.load_tensors(part.path)
+    except runs.UserError:
+        return False
+    say(f"{entry['file']}: SHA-256 {digest}; none is published to compare it with")
+    return runs.is_intact_archive(part.path)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -244,6 +244,8 @@ def pick_device(name):
         raise UserError(
             f"--device {name}: not usable here ({first_line(error)}); try --device cpu"
         ) from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # CUDA graphs are recorded on the current device
     if device.type == "cpu":
         keep_freed_memory()
     return device

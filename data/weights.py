@@ -128,10 +128,15 @@ def load_into(module, state):
 
 
 def to_half(state):
-    """A state dict with its floating-point tensors in half precision, as bundled files have it."""
+    """A state dict with its floating-point tensors in half precision, as bundled files have it.
+
+    UserError for numbers that are too large.
+    """
     half = {}
     for name, value in state.items():
         half[name] = value.half() if value.is_floating_point() else value
+        if not half[name].isfinite().all():
+            raise runs.UserError(f"{name}: holds numbers too large for half precision")
     return half
 
 
@@ -212,10 +217,11 @@ def load_vgg16_features(weights_dir, number_of_convolutions):
     if not path.is_file() and path.suffix != ".pth":
         path = download.find_or_download(download.FILES["vgg16"], path)
     state = strip_module_prefix(runs.load_tensors(path), path)
-    known = set(vgg16_blank(len(VGG16_CONVOLUTIONS)))
+    unneeded = vgg16_blank(len(VGG16_CONVOLUTIONS)).keys() - needed.keys()
     for index in (0, 3, 6):
-        known |= {f"classifier.{index}.weight", f"classifier.{index}.bias"}
-    state = {name: value for name, value in state.items() if name in needed or name not in known}
+        unneeded |= {f"classifier.{index}.weight", f"classifier.{index}.bias"}
+    # Names that VGG-16 does not have stay, and are refused below.
+    state = {name: value for name, value in state.items() if name not in unneeded}
     state = check_state_dict(state, needed, path)
     # Cloned out of the memory map: the tensors outlive the file, which may be replaced or deleted.
     return {

@@ -12,6 +12,7 @@ first call warms up, and the median of the next ones is printed.
 """
 
 import argparse
+import concurrent.futures
 import multiprocessing
 import resource
 import statistics
@@ -336,8 +337,8 @@ def main():
         for level, name in TASKS[task].items():
             if level not in args.levels or (level == BF16 and not HAS_BF16):
                 continue
-            with context.Pool(1) as pool:
-                seconds, memory = pool.apply(measure, (task, level, args.calls))
+            with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+                seconds, memory = pool.submit(measure, task, level, args.calls).result()
             first = first or seconds
             plus = "+ " if level else ""
             percent = 100 * seconds / first

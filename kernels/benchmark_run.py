@@ -11,6 +11,7 @@ says why.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import io
 import multiprocessing
@@ -91,14 +92,15 @@ def time_training(args, variant):
     moments = []
     end_step = checkpoints.Training.end_step
     counter = FlopCounterMode(display=False)
-    flops = []
+    flops = []  # counted up to the end of the first round, and of the second
 
     def note(training, *rest):
         synchronize(device)
         moments.append(time.perf_counter())
-        if len(moments) == steps and variant == "eager":
-            counter.__exit__(None, None, None)
+        if variant == "eager" and len(moments) in (steps, 2 * steps):
             flops.append(counter.get_total_flops())
+            if len(flops) == 2:
+                counter.__exit__(None, None, None)
         return end_step(training, *rest)
 
     checkpoints.Training.end_step = note
@@ -112,7 +114,8 @@ def time_training(args, variant):
     seconds = (moments[-1] - moments[WARMUP * steps - 1]) / args.rounds
     batches = steps * getattr(given, "accumulate", 1)
     images = given.batch_size * batches
-    return images, batches, seconds, peak_memory(device), flops[0] if flops else None
+    flops_of_round = flops[1] - flops[0] if flops else None
+    return images, batches, seconds, peak_memory(device), flops_of_round
 
 
 @torch.inference_mode()
@@ -226,8 +229,11 @@ def main():
     flops = None
     jobs = [("training", variant) for variant in args.variants] + [("generation", "-")]
     for what, variant in jobs:
-        with context.Pool(1) as pool:
-            result = pool.apply(measure_job, (args, what, variant))
+        with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+            try:
+                result = pool.submit(measure_job, args, what, variant).result()
+            except concurrent.futures.process.BrokenProcessPool:
+                result = "its process was ended, perhaps for want of memory"
         if not isinstance(result, str):
             flops = result[-1] or flops
         print("| " + " | ".join(make_row(what, variant, result, flops, speed)) + " |", flush=True)

@@ -15,9 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-TINY = tl.constexpr(
-    2.0**-24
-)  # the entropy sees masks cut to [TINY, 1 - TINY], both float32 numbers
+# The entropy sees masks clipped to [TINY, 1 - TINY]; both are float32 numbers.
+TINY = tl.constexpr(2.0**-24)
 BLOCK = 1024  # pixels of a program
 
 
@@ -85,7 +84,9 @@ def sum_of_channels(part_0, part_1, part_2, BLOCK: tl.constexpr):
     """For each pixel, the sum of its three elements, which lie in three packed parts."""
     even = tl.join(part_0, part_2)
     odd = tl.join(part_1, tl.zeros_like(part_1))
-    elements = tl.reshape(tl.join(even, odd), [4 * BLOCK])  # four beside each other, one of a part
+    # Place 4 * i + k holds element i of part k, and zeros for k = 3. Packed element e, counted over
+    # the three parts, is element e % BLOCK of part e // BLOCK.
+    elements = tl.reshape(tl.join(even, odd), [4 * BLOCK])
     first = 3 * tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for channel in tl.static_range(3):

@@ -45,14 +45,17 @@ def use_triton(backend, *tensors):
     installed = composite is not None
     fast_dtypes = all(x.dtype in FAST_DTYPES for x in tensors)
     on_gpu = all(x.is_cuda for x in tensors)
-    if backend == "auto":
-        return installed and fast_dtypes and on_gpu
+    one_device = len({x.device for x in tensors}) == 1
+    if backend == "auto":  # the eager form tells what is wrong with several devices
+        return installed and fast_dtypes and on_gpu and one_device
 
     if not installed:
         raise ValueError("backend 'triton': the package triton is not installed")
     if not fast_dtypes:
         dtypes = ", ".join(str(x.dtype) for x in tensors)
         raise ValueError(f"backend 'triton': takes float32, float16 and bfloat16, not {dtypes}")
+    if not one_device:
+        raise ValueError("backend 'triton': needs all tensors on one device")
     if not on_gpu and not gram.INTERPRETED.value:
         raise ValueError("backend 'triton': needs tensors on a GPU (or TRITON_INTERPRET=1, slowly)")
     return True
@@ -176,11 +179,10 @@ def composite_losses_and_copy(
 
 def check_composite_shapes(mask, images):
     """Raise ValueError unless mask is (N, 1, H, W) and every image (N, 3, H, W)."""
-    n = len(mask)
-    height, width = mask.shape[-2:]
-    fits = mask.shape == (n, 1, height, width)
-    if fits and all(x.shape == (n, 3, height, width) for x in images):
-        return
+    if mask.ndim == 4 and mask.numel():
+        n, channels, height, width = mask.shape
+        if channels == 1 and all(x.shape == (n, 3, height, width) for x in images):
+            return
     shapes = ", ".join(str(tuple(x.shape)) for x in (mask, *images))
     raise ValueError(f"mask should be (N, 1, H, W) and images (N, 3, H, W), not {shapes}")
 
@@ -216,7 +218,8 @@ class StyleLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         features, difference = ctx.saved_tensors
-        # No dtype rounds signs times a power of two, this one so small that no sum is too large.
+        # Signs times a power of two are exact in every dtype. This one is below 1 / C, so that a
+        # sum of C products cannot overflow float16; `scale` takes it out again.
         power = 2.0 ** -len(difference[0]).bit_length()
         signs = difference.sign().mul_(power).to(features.dtype)  # (N, C, C)
         scale = 2 * gradient / (power * features[0].numel() * difference.numel())
@@ -238,9 +241,9 @@ def style_loss(features, target_features, *, backend="auto"):
     no gradient, and there is no second derivative. Source: Gatys et al. 2016, with an L1 norm.
     ValueError: other shapes, or a backend that cannot run.
     """
-    n, channels = features.shape[:2]
+    n, channels = (*features.shape, 0, 0)[:2]
     shapes = (features.shape, (n, channels, channels))
-    if features.ndim != 4 or target_features.shape not in shapes:
+    if features.ndim != 4 or not features.numel() or target_features.shape not in shapes:
         raise ValueError(
             "features should be (N, C, H, W), and the target the same or (N, C, C), not "
             f"{tuple(features.shape)} and {tuple(target_features.shape)}"
@@ -400,7 +403,7 @@ def affine_relu(x, gain_and_shift, *, backend="auto"):
     in x's dtype or float32. There is no second derivative.
     ValueError: shapes that do not fit together, or a backend that cannot run.
     """
-    n, channels = x.shape[:2]
+    n, channels = (*x.shape, 0, 0)[:2]
     if x.ndim != 4 or gain_and_shift.shape != (n, 2 * channels):
         raise ValueError(
             "x should be (N, C, H, W) and gain_and_shift (N, 2 C), not "
@@ -431,11 +434,13 @@ def affine_convolution(x, gain_and_shift, weight, residual=None, *, backend="aut
         return pointwise.AffineConvolution.apply(x, gain_and_shift, weight, residual)
 
     y = affine_relu(x, gain_and_shift, backend="eager")
-    if y.is_contiguous(memory_format=torch.channels_last):
-        # On a CPU a product is up to seven times as fast as a convolution of few pixels.
-        y = F.linear(y.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
-    else:
-        y = F.conv2d(y, weight)
+    weight = weight.to(x.dtype)
+    with without_autocast(x):
+        if y.is_contiguous(memory_format=torch.channels_last):
+            # On a CPU a product is up to seven times as fast as a convolution of few pixels.
+            y = F.linear(y.permute(0, 2, 3, 1), weight.flatten(1)).permute(0, 3, 1, 2)
+        else:
+            y = F.conv2d(y, weight)
     if residual is not None:
         # In this order of dimensions, the gradient is channels last as well.
         residual = residual.permute(0, 2, 3, 1)[..., : len(weight)].permute(0, 3, 1, 2)
@@ -448,9 +453,10 @@ def affine_convolution(x, gain_and_shift, weight, residual=None, *, backend="aut
 
 def check_convolution_shapes(x, gain_and_shift, weight, residual):
     """Raise ValueError for shapes that affine_convolution cannot take."""
-    n, channels, height, width = x.shape
+    n, channels, height, width = x.shape if x.ndim == 4 else (0, 0, 0, 0)
     outputs = len(weight)
-    fits = gain_and_shift.shape == (n, 2 * channels) and weight.shape == (outputs, channels, 1, 1)
+    fits = x.ndim == 4 and gain_and_shift.shape == (n, 2 * channels)
+    fits = fits and weight.shape == (outputs, channels, 1, 1)
     shapes = [tuple(tensor.shape) for tensor in (x, gain_and_shift, weight)]
     if residual is not None:
         shapes.append(tuple(residual.shape))
@@ -470,11 +476,13 @@ def convolution_relu(x, convolution, *, backend="auto"):
 
     x: (N, in_channels, H, W), in the dtype of the weights. Two users of the result should take one
     each: their gradients are then added in the kernel of the ReLU's. There is no second derivative.
-    ValueError: a convolution that is trained or has no bias, or a backend that cannot run.
+    ValueError: a convolution that is trained, has no bias or pads with anything but zeros, or a
+    backend that cannot run.
     """
     bias = convolution.bias
-    if bias is None or bias.requires_grad or convolution.weight.requires_grad:
-        raise ValueError("convolution should be frozen, with a bias")
+    plain = type(convolution) is torch.nn.Conv2d and convolution.padding_mode == "zeros"
+    if bias is None or bias.requires_grad or convolution.weight.requires_grad or not plain:
+        raise ValueError("convolution should be a frozen nn.Conv2d, with a bias and zero padding")
     if not use_triton(backend, x, bias):
         y = F.relu_(convolution(x))
         return y, y
@@ -514,8 +522,10 @@ def max_pool(x, *, ceil_mode=False, backend="auto"):
     """Return the largest of each 2 x 2 pixels of x (N, C, H, W): (N, C, H / 2, W / 2).
 
     ceil_mode: whether the last of an odd number of rows or columns has results of its own.
-    ValueError: a backend that cannot run.
+    ValueError: images without a result, or a backend that cannot run.
     """
+    if x.ndim != 4 or min(x.shape[2:]) < 2 - ceil_mode:
+        raise ValueError(f"x should be (N, C, H, W), of 2 x 2 pixels or more, not {tuple(x.shape)}")
     if use_triton(backend, x):
         return resize.max_pool_forward(x, ceil_mode)[0]
     return F.max_pool2d(x, 2, ceil_mode=ceil_mode)

@@ -1,7 +1,7 @@
 """The first hour on a GPU: what only a GPU can tell, in order of worth, as one report.
 
     python kernels/gpu_check.py --out runs/gpu                # all six checks
-    python kernels/gpu_check.py --only 1 2 --out runs/gpu     # each takes at most ten minutes
+    python kernels/gpu_check.py --only 1 2 --out runs/gpu12   # each takes at most ten minutes
     python kernels/gpu_check.py --device cpu --small          # a rehearsal, in minutes
 
 Needs no network: networks are random and digits synthetic, but for MNIST files and VGG-16 where
@@ -134,21 +134,31 @@ def run_command(command):
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
+        start_new_session=True,  # so that its own processes can be stopped with it
     )
-    limit = command.limit
-    if command.stop_after:
-        try:
-            output, _ = process.communicate(timeout=command.stop_after)
-            return process.returncode, time.monotonic() - begun, last_lines(output)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGTERM)
+    output = None
     try:
-        output, _ = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        process.kill()
+        if command.stop_after:
+            output = output_within(process, command.stop_after)
+            if output is None:
+                process.send_signal(signal.SIGTERM)
+        if output is None:
+            output = output_within(process, command.limit)
+    finally:
+        if output is None:  # too long, or Ctrl-C
+            os.killpg(process.pid, signal.SIGKILL)
+    if output is None:
         output, _ = process.communicate()
-        output = output.rstrip() + f"\nstopped after {limit} s"
+        output = output.rstrip() + f"\nstopped after {command.limit} s"
     return process.returncode, time.monotonic() - begun, last_lines(output)
+
+
+def output_within(process, seconds):
+    """What a process has written when it ends; None if it has not ended by then."""
+    try:
+        return process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        return None
 
 
 def last_lines(text):
@@ -187,6 +197,8 @@ def parse_args():
     if bool(args.data_dir) != bool(args.weights_dir):
         parser.error("--data-dir and --weights-dir belong together")
     args.out = args.out.resolve()
+    if args.out.is_dir() and any(args.out.iterdir()) and not (args.out / "report.md").is_file():
+        parser.error(f"--out {args.out}: is emptied, and holds something else than a report")
     return args
 
 

@@ -261,14 +261,15 @@ def empty_like(x):
     return torch.empty_like(x, memory_format=memory_format)
 
 
-def block_sizes(features):
+def block_sizes(features, target=None):
     """Side of a tile, and terms of its sums taken at a time: what fits into registers.
 
-    float32 gets smaller ones, because its products are made of three.
+    float32 gets smaller ones, because its products are made of three. target: the other features
+    of the product, if there are any.
     """
     side = 64
     terms = 16
-    if features.element_size() == 2:
+    if features.element_size() == 2 and (target is None or target.element_size() == 2):
         side = 128
         terms = 64
     channels = features.shape[1]
@@ -278,9 +279,11 @@ def block_sizes(features):
 
 def dot_precision():
     """Products as exact as float32, unless torch.set_float32_matmul_precision allows TF32."""
-    if torch.get_float32_matmul_precision() == "highest":
-        return "tf32x3"
-    return "tf32"
+    try:
+        exact = torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:  # where a program uses PyTorch's newer switch
+        exact = torch.backends.cuda.matmul.fp32_precision != "tf32"
+    return "tf32x3" if exact else "tf32"
 
 
 def tuning_class(features):
@@ -291,8 +294,8 @@ def tuning_class(features):
 
 
 def multiplies_from_shared_memory(x):
-    """Whether both factors of a product may be one block in shared memory, as on Hopper GPUs and
-    later. Earlier ones would load a block that is used twice without overlapping it with products.
+    """Whether one block in shared memory may serve as both factors of a product: on Hopper GPUs and
+    later. Earlier ones would wait for each load instead of multiplying meanwhile.
     """
     return not x.is_cuda or torch.cuda.get_device_capability(x.device)[0] >= 9
 
@@ -384,7 +387,7 @@ def style_forward(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         other = target.flatten(2)
     flat = features.flatten(2)
     images, channels, positions = flat.shape
-    block_c, block_p = block_sizes(features)
+    block_c, block_p = block_sizes(features, other)
     splits, chunk = split_positions(features, block_c, block_p)
     sums = features.new_empty(splits, images, channels, channels, dtype=torch.float32)
     signs = features.new_empty(images, channels, channels, dtype=torch.int8)

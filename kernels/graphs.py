@@ -18,8 +18,9 @@ class GraphedStep:
         step = GraphedStep(function, optimizers, enabled=device.type == "cuda")
         losses = step(index, decay, penalty=True)
 
-    function: takes tensors, and keywords that settle which operations run; returns tensors by
-        name, detached. A graph is recorded for each combination of keywords and shapes. It holds
+    function: takes tensors on the current device, and keywords, such as bools, that choose a
+        variant of the step; returns tensors by name, detached. Each variant is recorded once for
+        tensors of the same shapes and dtypes, after EAGER_CALLS ordinary calls. A graph holds
         launches and addresses, nothing of Python: whatever changes from step to step has to be a
         tensor that the function is given or changes in place. Random numbers come from the
         device's default generator, which may be seeded before each call.
@@ -47,7 +48,7 @@ class GraphedStep:
     def __call__(self, *inputs, **kind):
         if not self.enabled:
             return self.function(*inputs, **kind)
-        key = (*kind.items(), *(x.shape for x in inputs))
+        key = (*kind.items(), *((x.shape, x.dtype) for x in inputs))
         self.calls[key] += 1
         if self.calls[key] <= EAGER_CALLS:
             return self.function(*inputs, **kind)

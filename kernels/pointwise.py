@@ -427,6 +427,8 @@ class AffineConvolution(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad, other):
+        if grad is None:  # only the second result was used
+            return other, None, None, None
         x, affine, weight = ctx.saved_tensors
         grads = pointwise_backward(x, affine, weight.flatten(1), grad, other)
         grad_residual = None

@@ -57,6 +57,8 @@ def gather_line_kernel(
     inside = (pixel < length) & (element < inner)
     grad += line * grad_outer + element * grad_inner
 
+    # A small pixel gets shares of the large ones less than one small pixel away from it. `first` is
+    # the first of them, or one before, and `reach` as many as there can be; others have share 0.
     first = tl.maximum((pixel - 1) * (size - 1) // tl.maximum(length - 1, 1), 0)
     total = tl.zeros([BLOCK_L, BLOCK_I], tl.float32)
     for step in range(reach):

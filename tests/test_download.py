@@ -344,6 +344,24 @@ def archive(value):
 UNKNOWN = {"file": "tiny.pth", "size": None, "sha256": None, "sources": []}
 
 
+def test_a_damaged_beginning_does_not_cost_a_good_source(server, tmp_path):
+    """As a power cut may leave one: zeros, of any length."""
+    for size in (len(BODY) // 2, len(BODY), len(BODY) + 5):
+        (tmp_path / "tiny.pth.part").write_bytes(bytes(size))
+        assert complete(tmp_path, get(tmp_path, server.url("good")))
+        (tmp_path / "tiny.pth").unlink()
+
+
+@pytest.mark.parametrize("body", [b'{"error": "quota exceeded"}', b"legacy"])
+def test_a_file_without_tensors_is_refused(body, server, tmp_path, monkeypatch):
+    if body == b"legacy":  # without checksums, and cut
+        file = io.BytesIO()
+        torch.save(torch.arange(9_000), file, _use_new_zipfile_serialization=False)
+        body = file.getvalue()[:40_000]
+    monkeypatch.setitem(globals(), "BODY", body)
+    assert "wrong size" in failure(tmp_path, server.url("good"), entry=UNKNOWN)
+
+
 def test_a_file_of_unknown_size_and_hash_is_checked_by_the_sums_within(
     server, tmp_path, monkeypatch, capsys
 ):

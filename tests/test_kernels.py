@@ -589,10 +589,11 @@ def test_the_derivative_of_relu_is_one_pass_for_two_users():
 def test_convolution_relu_keeps_nan_and_refuses_training():
     convolution = torch.nn.Conv2d(2, 3, 1, device=DEVICE)
     x = torch.randn(1, 2, 4, 4, device=DEVICE)
-    with pytest.raises(ValueError, match="frozen, with a bias"):
-        convolution_relu(x, convolution)
-    with pytest.raises(ValueError, match="frozen, with a bias"):
-        convolution_relu(x, torch.nn.Conv2d(2, 3, 1, bias=False).requires_grad_(False))
+    frozen = torch.nn.Conv2d(2, 3, 1, bias=False).requires_grad_(False)
+    circular = torch.nn.Conv2d(2, 3, 3, padding=1, padding_mode="circular").requires_grad_(False)
+    for refused in (convolution, frozen, circular):
+        with pytest.raises(ValueError, match="should be a frozen nn.Conv2d"):
+            convolution_relu(x, refused)
     x[0, 1, 2, 3] = torch.nan
     convolution.requires_grad_(False)
     for backend in ("triton", "eager"):
@@ -710,6 +711,20 @@ def test_the_gradient_of_a_residual_is_channels_last():
     y, _ = affine_convolution(x, *others, residual)
     y.backward(torch.ones_like(y))
     assert layouts == [True]
+
+
+@pytest.mark.parametrize("backend", ["triton", "eager"])
+def test_affine_convolution_of_which_one_result_is_used(backend):
+    """The second result alone is x itself, whose gradient passes; autocast changes no dtype."""
+    x = torch.randn(2, 4, 3, 5, device=DEVICE, requires_grad=True)
+    norm = torch.randn(2, 8, device=DEVICE, requires_grad=True)
+    weight = torch.randn(6, 4, 1, 1, device=DEVICE, requires_grad=True)
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
+        y, again = affine_convolution(x, norm, weight, backend=backend)
+    assert y.dtype == torch.float32
+    again.sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+    assert norm.grad is None and weight.grad is None
 
 
 def test_affine_convolution_keeps_nan():
@@ -1126,6 +1141,20 @@ def test_what_cannot_run_says_why():
             affine_convolution(image, torch.rand(2, 6), *wrong)
     with pytest.raises(ValueError, match=r"\(2, 3, 4, 4\) cannot be enlarged to \(8, 2\)"):
         enlarge(image, (8, 2))
+    empty = image[:0]
+    line = torch.rand(5)
+    for wrong, call in (
+        (r"\(0, 1, 4, 4\)", lambda: composite_losses(mask[:0], empty, empty)),
+        (r"\(5,\)", lambda: composite_losses(line, image, image)),
+        (r"\(0, 3, 4, 4\)", lambda: style_loss(empty, empty)),
+        (r"\(5,\)", lambda: style_loss(line, line)),
+        (r"\(5,\)", lambda: affine_relu(line, line)),
+        (r"\(5,\)", lambda: affine_convolution(line, line, weight)),
+        (r"\(2, 3, 1, 4\)", lambda: max_pool(image[:, :, :1])),
+        (r"\(3, 4, 4\)", lambda: max_pool(image[0])),
+    ):
+        with pytest.raises(ValueError, match=f"should be .*{wrong}"):
+            call()
     mask = mask.double()
     image = image.double()
     losses = composite_losses(mask, image, image)

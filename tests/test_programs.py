@@ -104,6 +104,22 @@ def test_the_report_of_a_gpu_check(tmp_path):
     assert output.splitlines() == ["begun", "stopped after 1 s"]
 
 
+def test_a_gpu_check_stops_what_its_command_has_started():
+    sleep = "import time; time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', '{sleep}'])"
+    code, seconds, _ = gpu_check.run_command(gpu_check.Command(["-c", parent], 1))
+    assert code == -signal.SIGKILL and seconds < 30
+
+
+def test_a_gpu_check_empties_no_other_folder(tmp_path, monkeypatch, capsys):
+    (tmp_path / "thesis.txt").write_text("")
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        gpu_check.main()
+    assert "holds something else" in capsys.readouterr().err
+    assert (tmp_path / "thesis.txt").is_file()
+
+
 # --------------------------------------------------------------------------------------------------
 # Names and imports
 

@@ -169,6 +169,8 @@ def find_real_shapes(args, weights, trained, device):
 def load_biased_images(args, dataset, trained):
     """The training images of a generator, on the CPU, so that all devices see the same."""
     if dataset != "images":
+        if trained.get("offline") and args.data_dir != runs.DOWNLOADS:
+            raise runs.UserError("--data-dir: has no meaning, as these weights never saw MNIST")
         data, _ = mnist.load_variant(
             dataset,
             args.data_dir,
@@ -463,7 +465,7 @@ def generate_mnist(args, device):
     offline = bool(trained.get("offline"))
     if offline:
         print("weights of a run with --offline:", runs.OFFLINE)
-    if trained.get("dataset") == "images":
+    if args.shapes == "real" and trained.get("dataset") == "images":
         folders.check_out(args.data_dir, args.out)
     cgn.to(device)
     sha256 = runs.file_sha256(weights)
@@ -481,7 +483,8 @@ def generate_mnist(args, device):
             "weights": str(weights),
         }
         arguments = vars(args) | description | {"weights_sha256": sha256}
-        free = checkpoints.FREE | {"batch_size", "format", "left_out"}
+        # Textures and images are compared by their SHA-256, and that of the weights.
+        free = checkpoints.FREE | {"batch_size", "format", "left_out", "textures"}
         checkpoints.check_resumed(args.out, arguments, free)
         runs.describe_run(args.out, __file__, arguments)
         if args.n:

@@ -1891,8 +1891,8 @@ def imagenet_flags(parser, preset):
 
 
 def imagenet_classes(args, cgn):
-    """The classes to train on, int64 (n,): args.classes, indices, or all of the network's."""
-    return torch.tensor(args.classes or range(cgn.f_shape.embeddings.in_features))
+    """The classes to train on, int64 (n,): args.class_indices, or all of the network's."""
+    return torch.tensor(args.class_indices or range(cgn.f_shape.embeddings.in_features))
 
 
 def draw_inputs(args, classes, z_dim, step):
@@ -1956,8 +1956,9 @@ def train_imagenet(args, device):
     torch.manual_seed(args.seed)
     if args.compile:
         runs.check_compiler()
-    if args.classes:
-        args.classes = imagenet.class_indices(args.classes)  # a file of classes may change later
+    args.class_indices = None
+    if args.classes:  # once and for all: a file of classes may change later
+        args.class_indices = imagenet.class_indices(args.classes)
     bf16 = runs.pick_bf16(args.amp, device)
     dtype = torch.bfloat16 if bf16 else torch.float32
     rank, world_size = runs.rank_and_world_size()
@@ -2005,7 +2006,11 @@ def train_imagenet(args, device):
     )
     for key, value in average.u2net.state_dict().items():
         if not torch.equal(value.cpu(), u2net_before[key]):
-            raise runs.UserError("--u2net: not the U^2-Net that this run began with; give that one")
+            raise runs.UserError(
+                "--resume: U^2-Net is not the one that this run began with; give the same --u2net "
+                "or --weights"
+            )
+    del u2net_before
     runs.describe_run(args.out, __file__, vars(args))
     if rank == 0:
         print(

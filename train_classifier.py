@@ -110,7 +110,7 @@ def check_names(parser, flag, pairs, taken):
     """
     names = [name for name, _ in pairs]
     for name in names:
-        if name in taken or names.count(name) > 1:
+        if name.partition(" ")[0] in taken or names.count(name) > 1:
             parser.error(f"{flag} {name}=...: the name is taken; choose another")
 
 
@@ -514,8 +514,8 @@ def train_digits(args, seed, out, data, device, stop):
 
     batch_size = args.batch_size
     count = args.training_images
-    if count > 1 and count % batch_size == 1:
-        count -= 1  # BatchNorm cannot normalize a last batch of one
+    if getattr(args, "arch", "digits") != "digits" and count > 1 and count % batch_size == 1:
+        count -= 1  # a last batch of one: some networks of torchvision cannot normalize it
     steps_per_turn = math.ceil(count / batch_size)  # a turn takes all images once
     steps_per_epoch = args.epoch_steps or steps_per_turn
     turns_per_epoch = math.ceil(steps_per_epoch / steps_per_turn)
@@ -766,7 +766,8 @@ def check_images(parser, args):
         parser.error("--train decorrelated: only of the MNIST variants, whose colors are drawn")
     if args.explain:
         parser.error("--explain: only on the MNIST variants and ImageNet")
-    check_names(parser, "--test", args.test, ("biased", "loss", "train", "step", "epoch", "seed"))
+    taken = ("biased", "loss", "train", "follows", "step", "epoch", "seed")
+    check_names(parser, "--test", args.test, taken)
     if args.arch != "digits":
         check_arch(parser, args)
         if args.method == "lnl":
@@ -1351,10 +1352,11 @@ def classify_imagenet(args, device):
         check_image_size(args, baseline)
 
     with runs.claim_folder(args.out, __file__, args.resume):
-        checkpoints.check_resumed(args.out, vars(args))
-        runs.describe_run(args.out, __file__, vars(args))
-        if args.offline and runs.is_main_rank():
-            print(runs.OFFLINE)
+        if runs.is_main_rank():
+            checkpoints.check_resumed(args.out, vars(args))
+            runs.describe_run(args.out, __file__, vars(args))
+            if args.offline:
+                print(runs.OFFLINE)
         runs.wait_for_ranks()
         if args.evaluate:
             rows = evaluate(ensemble, PREDICTIONS, tests, args, device) if ensemble else []

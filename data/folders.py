@@ -59,6 +59,8 @@ def load_folder(folder, size, device="cpu"):
     """
     folder = Path(folder)
     top = class_folders(folder)
+    if top == folder and folder.is_dir():
+        check_splits(folder)
     names, paths, labels = find_images(top)
     check_classes(top, names, labels)
     # In random order from the start: the images are not moved in memory again.
@@ -91,6 +93,19 @@ def class_folders(folder):
     return train if train.is_dir() else Path(folder)
 
 
+def check_splits(folder):
+    """UserError if a folder of a data set without train/ looks like a split, not like a class."""
+    for path in runs.entries(folder):
+        if path.name.lower() not in SPLITS or not path.is_dir():
+            continue
+        has_folders = any(child.is_dir() for child in runs.entries(path))
+        if has_folders and not imagenet.image_files(path):
+            raise runs.UserError(
+                f"{path}: holds folders alone, as a split of the data does, not a class; training "
+                "images should lie in train/CLASS/, those of a test in test/CLASS/"
+            )
+
+
 def check_out(folder, out):
     """UserError if a run's folder would lie among the class folders, and be a class itself."""
     top = class_folders(folder)
@@ -104,11 +119,6 @@ def find_images(folder):
     paths = []
     labels = []
     for label, path in enumerate(classes):
-        if path.name.lower() in SPLITS and any(child.is_dir() for child in runs.entries(path)):
-            raise runs.UserError(
-                f"{path}: holds folders, as a split of the data does, not a class; the training "
-                "images should lie in train/CLASS/, those of a test in test/CLASS/"
-            )
         files = files_within(path)
         if not files:
             endings = ", ".join(sorted(imagenet.ENDINGS))

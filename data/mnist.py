@@ -456,8 +456,8 @@ def read_description(folder, dataset, offline):
     if description["offline"] != offline:
         negation = "" if description["offline"] else "not "
         raise runs.UserError(
-            f"--counterfactual {folder}: made {negation}from --offline weights; synthetic digits "
-            "and MNIST must not be mixed: use the same --offline everywhere"
+            f"--counterfactual {folder}: {negation}made by weights of a run with --offline; use "
+            "the same --offline everywhere"
         )
     return description
 

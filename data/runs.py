@@ -631,7 +631,7 @@ class Log:
         self.live = sys.stdout.isatty()
         self.board = open_board(path.parent, step)
 
-    def write(self, step, **values):
+    def write(self, step, /, **values):
         """Append one line of named numbers."""
         append_text(self.path, json.dumps({"step": step} | values) + "\n")
         if self.board:

@@ -299,7 +299,6 @@ train_cgn TINY --weights GENERATORFILE --mask-gain 2
 train_cgn TINY --offline
 train_cgn TINY --mask-gain 0
 train_cgn --dataset imagenet --preset small --offline --weights NOWHERE --u2net NOWHERE --out OUT
-train_cgn --dataset wildlife_mnist --offline --textures dtd --out OUT
 train_cgn --dataset imagenet --preset small --offline --max-steps 0 --out OUT
 train_cgn TINY --epochs 2147483647 --max-steps 1
 train_cgn TINY --textures NOWHERE

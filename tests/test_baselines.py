@@ -209,13 +209,6 @@ def test_several_counterfactual_sets_are_used_together(colored, counterfactuals,
     assert line["step"] == 1096 // 10 + 1
 
 
-def test_a_last_batch_of_one_image_is_left_out(few_digits, tmp_path):
-    flags = f"--dataset colored_mnist --data-dir {few_digits} --device cpu --batch-size 5".split()
-    run("train_classifier.py", *flags, "--epochs", 1, "--out", tmp_path)
-    (line,) = epoch_lines(tmp_path)
-    assert line["step"] == 96 // 5
-
-
 # --------------------------------------------------------------------------------------------------
 # Resuming
 

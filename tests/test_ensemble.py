@@ -952,6 +952,7 @@ def test_mistakes(miniature, tmp_path, monkeypatch, capsys):
         ([*data, "--batch-size", 16], "larger than the 12"),
         ([*data, "--ood", "name"], "should be NAME=PATH"),
         ([*data, "--ood", "val=x"], "--ood val=...: the name is taken"),
+        ([*data, "--ood", "in9 original=x"], "--ood in9 original=...: the name is taken"),
         ([*data, "--ood", "A=x", "B=x", "A=y"], "--ood A=...: the name is taken"),
         ([*data, "--counterfactual", tmp_path / "none"], "none: no such folder"),
         (["--evaluate", "--baseline", "--arch", "deeplabv3_resnet50"], "not a classifier"),

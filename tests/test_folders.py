@@ -133,7 +133,14 @@ def train_alone(root):
     return 6
 
 
+def a_class_named_test(root):
+    count = train_alone(root)
+    save(root / "train" / "test" / "deep" / "a.png")
+    return count + 1
+
+
 READABLE = [
+    a_class_named_test,
     nested,
     unicode_and_spaces,
     one_pixel,
@@ -224,7 +231,7 @@ def unknown_test_class(root):
 def splits_of_other_names(root):
     for split in ("Train", "Test"):
         save(root / split / "cat" / "a.png")
-    return "Test: holds folders, as a split of the data does, not a class"
+    return "Test: holds folders alone, as a split of the data does, not a class"
 
 
 UNREADABLE = [
@@ -430,6 +437,16 @@ def test_bad_flags(flags, message, tmp_path):
     own += ["--dataset", "images", "--device", "cpu", "--out", tmp_path / "out"]
     done = run(script, *own, *flags, expect=2)
     assert message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_last_batch_of_one_image_is_left_out(tmp_path):
+    """ResNet-18's BatchNorm sees one value of each channel of an image of 32 x 32 pixels."""
+    two_classes(tmp_path / "images", 20)
+    flags = ["--dataset", "images", "--data-dir", tmp_path / "images", "--device", "cpu"]
+    flags += ["--arch", "resnet18", "--batch-size", 5, "--epochs", 1, "--log-every", 1]
+    run("train_classifier.py", *flags, "--out", tmp_path / "run")
+    lines = (tmp_path / "run" / "seed_0" / "log.jsonl").read_text().splitlines()
+    assert '"step": 7, "epoch": 1' in lines[-1]  # 36 images
 
 
 def test_the_generator_of_other_classes_is_refused(png_digits, tmp_path):

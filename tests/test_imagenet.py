@@ -497,16 +497,16 @@ def test_what_a_run_depends_on_cannot_change_when_it_is_resumed(tmp_path):
     flags = [*SMALL_IMAGENET, "--u2net", tmp_path / "u2net.pth"]
     flags += ["--classes", tmp_path / "classes.txt", "--accumulate", 1, "--out", tmp_path / "run"]
     run("train_cgn.py", *flags, "--max-steps", 1)
-    assert load(tmp_path / "run" / "weights.pt")["args"]["classes"] == [281, 340]
+    assert load(tmp_path / "run" / "weights.pt")["args"]["class_indices"] == [281, 340]
 
     (tmp_path / "classes.txt").write_text("goldfish\n")
     done = run("train_cgn.py", *flags, "--max-steps", 2, "--resume", expect=2)
-    assert "made with classes = [281, 340], not [1]" in done.stderr
+    assert "made with class_indices = [281, 340], not [1]" in done.stderr
     (tmp_path / "classes.txt").write_text("zebra\ntabby\n")
     changed = {name: value + 1 for name, value in u2net.items()}
     torch.save(changed, tmp_path / "u2net.pth")
     done = run("train_cgn.py", *flags, "--max-steps", 2, "--resume", expect=2)
-    assert "--u2net: not the U^2-Net that this run began with" in done.stderr
+    assert "U^2-Net is not the one that this run began with" in done.stderr
 
 
 # --------------------------------------------------------------------------------------------------

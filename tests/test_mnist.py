@@ -137,6 +137,11 @@ def write_digits(folder, images, labels):
     write_idx(folder / "train-labels-idx1-ubyte", labels.to(torch.uint8))
 
 
+def test_offline_downloads_no_photographs(tmp_path):
+    with pytest.raises(UserError, match="--offline downloads nothing"):
+        load_variant("wildlife_mnist", tmp_path, textures="dtd", offline=True)
+
+
 def test_plain_files_in_the_folder_itself_are_used_too(tmp_path):
     images, labels = synthetic_digits(12, seed=0)
     write_digits(tmp_path, images, labels)

@@ -265,7 +265,7 @@ def test_counterfactuals_of_several_folders_are_joined(tmp_path):
     "sizes, changes, message",
     [
         ([3], {"dataset": "wildlife_mnist"}, "made for wildlife_mnist, not colored_mnist"),
-        ([3], {"offline": True}, "made from --offline weights"),
+        ([3], {"offline": True}, "made by weights of a run with --offline"),
         ([3], {"n": "three"}, "no complete data set"),
         ([3], {"n": 4}, "3 images where dataset.json promises 4"),
         ([3, 2], {"n": 4}, "chunk_00001.pt: not a chunk of this data set"),

@@ -1315,12 +1315,12 @@ def split_counterfactuals(args):
     if not args.counterfactual:
         return ([], []), None
     paths, labels = of_classes(args, *imagenet.counterfactual_images(args.counterfactual))
-    tenth = math.ceil(len(paths) / 10)
+    cut = args.cf_test or 5000
+    # --weights may have been trained on all but the first tenth.
+    if not args.evaluate or (args.weights and not args.cf_test):
+        cut = min(cut, math.ceil(len(paths) / 10))
     if args.evaluate:
-        # An ensemble may have been trained on the others.
-        cut = args.cf_test or (min(5000, tenth) if args.weights else 5000)
         return (paths[:cut], labels[:cut]), None
-    cut = min(args.cf_test or 5000, tenth)
     if cut == len(paths):
         raise runs.UserError(
             f"--counterfactual: {len(paths)} image is too few to train on and to test with"

@@ -342,7 +342,7 @@ def write_png_files(folder, start, images):
     paths = [png_file(folder, index) for index in range(start, start + len(images))]
     paths[0].parent.mkdir(exist_ok=True)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        list(pool.map(pictures.write_picture, paths, images))
+        list(pool.map(pictures.save_picture, paths, images))
 
 
 def write_png_labels(out, names, chunks):
@@ -387,9 +387,9 @@ def is_there(path, settings):
 @torch.inference_mode()
 def write_sheets(cgn, args):
     """Sheets of the mechanisms, of counterfactuals, and of interpolations between classes."""
-    pictures.save_png(args.out / "mechanisms.png", pictures.mechanism_sheet(cgn))
+    pictures.save_picture(args.out / "mechanisms.png", pictures.mechanism_sheet(cgn))
     sheet = draw_counterfactuals(cgn, args.seed)
-    pictures.save_png(args.out / "counterfactuals.png", sheet)
+    pictures.save_picture(args.out / "counterfactuals.png", sheet)
     moving = {
         "shape": [SHAPE],
         "texture": [TEXTURE],
@@ -398,7 +398,7 @@ def write_sheets(cgn, args):
     }
     for name, mechanisms in moving.items():
         sheet = draw_interpolation(cgn, mechanisms, args.seed)
-        pictures.save_png(args.out / f"interpolation_{name}.png", sheet)
+        pictures.save_picture(args.out / f"interpolation_{name}.png", sheet)
     files = sorted(file.name for file in args.out.glob("*.png"))
     print(f"{args.out}: {', '.join(files)}")
 
@@ -502,7 +502,7 @@ def generate_mnist(args, device):
         elif real:
             images = real.images.to(device)
             sheet = pictures.segmentation_sheet(cgn, images, real.masks, real.labels)
-            pictures.save_png(args.out / "segmentation.png", sheet)
+            pictures.save_picture(args.out / "segmentation.png", sheet)
             print(f"{args.out}: segmentation.png")
         else:
             write_sheets(cgn, args)
@@ -903,7 +903,7 @@ def write_pictures(cgn, args, allowed, photos, device):
                 futures = []
                 for part, file in zip(args.save, picture_files(args, index)):
                     picture = images[part][index - first]
-                    futures.append(pool.submit(pictures.write_picture, file, picture))
+                    futures.append(pool.submit(pictures.save_picture, file, picture))
                 row = label_row(args, photos, index, y[index - first].tolist())
                 pending.append((row, futures))
             if runs.is_main_rank():
@@ -1049,9 +1049,9 @@ def write_interpolation(cgn, args, allowed, photos, device):
             )
     images = torch.cat(frames)  # (frames, 3, H, W)
     for index, image in enumerate(images):
-        pictures.write_picture(args.out / f"frame_{index:03d}.png", image)
+        pictures.save_picture(args.out / f"frame_{index:03d}.png", image)
     rows = images.unflatten(0, (-1, args.frames)) / 255
-    pictures.save_png(args.out / "sheet.png", pictures.tile_sheet(rows, scale=1))
+    pictures.save_picture(args.out / "sheet.png", pictures.tile_sheet(rows, scale=1))
     there_and_back = torch.cat([images, images.flip(0)])
     first, *rest = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in there_and_back]
     with runs.atomic(args.out / "animation.gif") as temporary:
@@ -1075,7 +1075,7 @@ def write_parts_sheet(cgn, args, allowed, photos, device):
         reason = reason_to_leave_out(image, images["mask"][row], args.mask_range)
         titles[row] += f"\nleft out:\n{reason}" if reason else ""
     sheet = pictures.tile_sheet(columns.float() / 255, names, titles, scale=1)
-    pictures.save_png(args.out / "sheet.png", sheet)
+    pictures.save_picture(args.out / "sheet.png", sheet)
     print(f"{args.out}: sheet.png")
 
 

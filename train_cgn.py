@@ -1165,7 +1165,7 @@ def measure_segmenter(args, segmenter, cgn, data):
     runs.write_json(args.out / "segmenter.json", found)
 
     sheet = pictures.segmentation_sheet(cgn, real, masks, data.labels[index])
-    pictures.save_png(args.out / "segmentation.png", sheet)
+    pictures.save_picture(args.out / "segmentation.png", sheet)
     words = "  ".join(f"{name} {value:.3f}" for name, value in found.items())
     print(f"{args.out / 'segmentation.png'} shows masks found in real images  {words}")
 

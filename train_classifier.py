@@ -437,7 +437,7 @@ def measure_factors(classifier, data, out):
     predictions = predict_classes(classifier, images)
     (hits,) = followed_factors(predictions[:, None, None], labels).tolist()
     shares = [percent(hit, sum(hits)) for hit in hits]
-    pictures.save_png(out / "factors.png", pictures.factor_chart({"classifier": shares}))
+    pictures.save_picture(out / "factors.png", pictures.factor_chart({"classifier": shares}))
     return {f"follows {factor}": share for factor, share in zip(FACTORS, shares)}
 
 
@@ -1084,7 +1084,7 @@ def write_chart(path, rows):
         if measure.startswith("follows"):
             bars.setdefault(name, []).append(share)
     if bars:
-        pictures.save_png(path, pictures.factor_chart(bars))
+        pictures.save_picture(path, pictures.factor_chart(bars))
 
 
 def write_table(out, rows):

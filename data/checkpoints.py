@@ -184,7 +184,7 @@ class Training:
         """Draw a sheet and write it."""
         if runs.is_main_rank():
             path.parent.mkdir(exist_ok=True)
-            pictures.save_png(path, self.draw_sheet(self.networks, self.args))
+            pictures.save_picture(path, self.draw_sheet(self.networks, self.args))
 
     def save(self):
         """Write weights.pt, then the checkpoint; the one before becomes checkpoint_before.pt."""

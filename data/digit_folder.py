@@ -12,10 +12,9 @@ import argparse
 from pathlib import Path
 
 import torch
-from torchvision.io import write_png
 from torchvision.transforms.v2 import functional
 
-from data import mnist, runs
+from data import mnist, pictures, runs
 
 
 def write_split(folder, images, labels, size):
@@ -25,7 +24,7 @@ def write_split(folder, images, labels, size):
     if size != mnist.SIZE:
         images = functional.resize(images, [size, size], antialias=True)
     for index, (image, label) in enumerate(zip(images, labels.tolist())):
-        write_png(image, str(folder / mnist.NAMES[label] / f"{index:05d}.png"), compression_level=1)
+        pictures.save_picture(folder / mnist.NAMES[label] / f"{index:05d}.png", image)
     print(f"{folder}: {len(images)} images")
 
 

@@ -8,7 +8,6 @@ import csv
 import difflib
 import functools
 import glob
-import io
 import itertools
 import json
 import math
@@ -17,16 +16,17 @@ import signal
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
-from PIL import Image
-from torchvision.io import ImageReadMode, decode_image
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from data import runs
 
 HEADS = ("shape", "texture", "background")  # the three labels of a counterfactual
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp"}
+ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 MAX_PIXELS = 90_000_000  # of an image; the largest of ImageNet has 61 million
 MAX_DAMAGED = 20  # images that are skipped before it is an error
 DAMAGED = "damaged, too large or no image; left out"
@@ -267,7 +267,7 @@ def come_cropped(paths):
     """Whether images are ready to be seen whole: the first of them are all of 224 x 224 pixels."""
     try:
         return all(Image.open(path).size == (224, 224) for path in paths[:10])
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except UNREADABLE:
         return False
 
 
@@ -411,56 +411,31 @@ def augmentation_seed(seed, epoch, index):
     return ((seed * 1_000_003 + epoch) * 10_000_019 + index) % 2**63
 
 
-def declared_pixels(data):
-    """Width times height as the header of an image file says, or 0, before memory is taken for it.
-
-    data: the file's bytes, uint8 tensor.
-    """
-    head = memoryview(data.numpy())
-    if head[12:16] == b"IHDR":  # a PNG
-        width = int.from_bytes(head[16:20], "big")
-        height = int.from_bytes(head[20:24], "big")
-        return height * width
-    place = 2
-    # A JPEG is a row of segments: 0xff, kind, length in two bytes, content.
-    while head[:2] == b"\xff\xd8" and place + 9 < len(head) and head[place] == 0xFF:
-        kind = head[place + 1]
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # begins an image
-            height = int.from_bytes(head[place + 5 : place + 7], "big")
-            width = int.from_bytes(head[place + 7 : place + 9], "big")
-            return height * width
-        place += 2 + int.from_bytes(head[place + 2 : place + 4], "big")
-    try:
-        return math.prod(Image.open(io.BytesIO(head)).size)
-    except Image.DecompressionBombError:
-        return MAX_PIXELS + 1
-    except (OSError, ValueError, SyntaxError):
-        return 0
-
-
-def decode(data, upright=False):
-    """The bytes of an image file (uint8 tensor) -> uint8 (3, H, W), or None if it is damaged.
-
-    upright: turn a photograph as its camera says, which ImageNet's protocols do not.
-    """
-    try:
-        image = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=upright)
-    except RuntimeError:
-        return None
-    image = v2.functional.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
-    return image if image.ndim == 3 else image[0]  # of an animation, the first
-
-
 def read_image(path, upright=False):
-    """An image file as uint8 (3, H, W). None if it is damaged, far too large or not there."""
+    """An image file as uint8 (3, H, W). None if it is damaged, far too large or not there.
+
+    upright: turn a photograph as its camera says, which ImageNet's protocols do not. Of an
+    animation, the first picture.
+    """
     try:
-        content = bytearray(Path(path).read_bytes())
-    except OSError:
+        with Image.open(path) as image:
+            if math.prod(image.size) > MAX_PIXELS:  # as its header says, before memory is taken
+                return None
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
+    except UNREADABLE:
         return None
-    data = torch.frombuffer(content or bytearray(1), dtype=torch.uint8)  # an empty one is damaged
-    if declared_pixels(data) > MAX_PIXELS:
-        return None
-    return decode(data, upright)
+
+
+def to_rgb(image):
+    """A PIL image of any mode -> uint8 (3, H, W). Alpha is ignored."""
+    if image.mode.startswith("I"):  # gray, of 16 bits
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode != "RGB":
+        image.info.pop("transparency", None)  # of which Pillow would warn
+        image = image.convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 class Images(torch.utils.data.Dataset):

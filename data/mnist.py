@@ -216,7 +216,7 @@ def read_texture(file):
     try:
         image = Image.open(file).convert("RGB")
         image = image.resize((TEXTURE_SIZE, TEXTURE_SIZE), Image.Resampling.NEAREST)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise runs.UserError(f"{file}: cannot be read as an image ({error})") from None
     return pil_to_tensor(image)
 

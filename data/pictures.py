@@ -8,7 +8,6 @@ import math
 
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -19,26 +18,20 @@ from kernels import compose, shuffle_patches
 # Files and sheets
 
 
-def save_png(path, image):
-    """Write a PNG, whole or not at all. image: uint8 (3, H, W)."""
+def save_picture(path, image):
+    """Write a .png or .jpg, whole or not at all. image: uint8 (1 or 3, H, W)."""
     picture = to_pil(image)
     with runs.atomic(path) as temporary:
-        picture.save(temporary, format="PNG")
+        if path.suffix == ".png":
+            picture.save(temporary, format="PNG")
+        else:
+            picture.save(temporary, format="JPEG", quality=95)
 
 
 def to_pil(image):
-    """uint8 (3, H, W) -> PIL image."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
-
-
-def write_picture(path, image):
-    """Write a .png or .jpg (quality 95), whole or not at all. image: uint8 (1 or 3, H, W)."""
-    if path.suffix == ".png":
-        data = torchvision.io.encode_png(image)
-    else:
-        data = torchvision.io.encode_jpeg(image, quality=95)
-    with runs.atomic(path) as temporary:
-        temporary.write_bytes(data.numpy().tobytes())
+    """uint8 (1 or 3, H, W) -> PIL image."""
+    pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+    return Image.fromarray(pixels.contiguous().cpu().numpy())
 
 
 def to_unit(image):
@@ -391,7 +384,7 @@ def explain_digits(classifier, images, digits, labels, count, path):
         titles.append(f"{label} seen as {prediction}")
     rows = torch.stack([shown, shapes, shown_maps], 1)
     sheet = tile_sheet(rows, ["image", "digit", "heat map"], titles)
-    save_png(path, sheet)
+    save_picture(path, sheet)
 
     whole = torch.ones_like(maps)
     return {
@@ -424,7 +417,7 @@ def explain_ensemble(ensemble, tests, count, image_size, batch_size, device, pat
             rows.append(beside_overlays(pixels / 255, maps))
             titles += map(heads_title, truths.tolist(), predictions.tolist())
     columns = ["image", *imagenet.HEADS]
-    save_png(path, tile_sheet(torch.cat(rows), columns, titles, scale=1))
+    save_picture(path, tile_sheet(torch.cat(rows), columns, titles, scale=1))
 
 
 def beside_overlays(images, maps):

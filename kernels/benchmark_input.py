@@ -21,11 +21,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torchvision import transforms as v1
-from torchvision.io import write_jpeg
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_classifier  # noqa: E402  (needs the path above)
-from data import imagenet, runs  # noqa: E402
+from data import imagenet, pictures, runs  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------
 # Input
@@ -41,7 +40,7 @@ def write_images(folder, count):
         image += 0.1 * torch.randn(image.shape, generator=generator)
         pixels = (image * 127.5 + 127.5).clamp(0, 255).byte()
         path = folder / f"{index}.jpg"
-        write_jpeg(pixels, str(path), quality=90)
+        pictures.to_pil(pixels).save(path, quality=90)
         paths.append(path)
     return paths
 

@@ -254,7 +254,8 @@ def test_images_of_all_kinds_are_decoded(tmp_path, capsys):
     color = x[1].float().mean((1, 2))
     assert color.round().tolist() == [245, 205, 165]
     assert (x[2] == 128).all()
-    assert imagenet.decode(torch.zeros(0, dtype=torch.uint8)) is None
+    (tmp_path / "f.jpg").touch()
+    assert imagenet.read_image(tmp_path / "f.jpg") is None
 
 
 def test_normalization_and_what_tests_see_of_an_image():

@@ -122,7 +122,12 @@ def webp(root):
 def animation(root):
     frames = [Image.new("RGB", (32, 32), color) for color in (RED, (0, 0, 0))]
     frames[0].save(root / "cat" / "b.webp", save_all=True, append_images=frames[1:], lossless=True)
-    return 6
+    return 7
+
+
+def bitmap(root):
+    save(root / "cat" / "b.bmp")
+    return 7
 
 
 def train_alone(root):
@@ -157,6 +162,7 @@ READABLE = [
     many_classes,
     webp,
     animation,
+    bitmap,
     train_alone,
 ]
 
@@ -174,7 +180,7 @@ def test_odd_folders_are_read(case, tmp_path, capsys):
     assert training.labels.bincount(minlength=len(training.names)).min() > 0
     color = training.pixels.float().mean((2, 3))
     assert (color - torch.tensor(RED)).abs().max() < 30  # CMYK and JPEG are not exact
-    damaged = case in (dangling_link, text_file, empty_file, truncated, animation)
+    damaged = case in (dangling_link, text_file, empty_file, truncated)
     assert shown.err.count("left out") == damaged
 
 
@@ -184,7 +190,7 @@ def test_odd_folders_are_read(case, tmp_path, capsys):
 
 def empty_class(root):
     (root / "empty").mkdir()
-    return "empty: no images (.jpeg, .jpg, .png, .webp) in this class"
+    return "empty: no images (.bmp, .jpeg, .jpg, .png, .webp) in this class"
 
 
 def damaged_class(root):

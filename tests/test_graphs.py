@@ -15,12 +15,11 @@ import torch
 from conftest import load, run, same
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torchvision.io import decode_image
 
 import generate
 import train_cgn
 import train_classifier
-from data import mnist
+from data import imagenet, mnist
 from kernels import GraphedStep, graphs, set_rate
 
 
@@ -293,6 +292,6 @@ def test_graphed_pictures_of_a_gpu(tmp_path, small_cgn):
         out = tmp_path / graph
         run("generate.py", *flags, "--n", 40, "--batch-size", 8, "--graph", graph, "--out", out)
         files = sorted((out / "counterfactual").iterdir())
-        found.append(torch.stack([decode_image(file).float() for file in files]))
+        found.append(torch.stack([imagenet.read_image(file).float() for file in files]))
     assert len(found[0]) == 40
     assert (found[0] - found[1]).abs().mean() < 0.1  # of 255 levels

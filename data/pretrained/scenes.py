@@ -164,7 +164,7 @@ def write_scenes(folder, count, generator):
     for index, (label, image) in enumerate(zip(y.tolist(), images)):
         path = folder / wnids[label] / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pictures.save_png(path, image)
+        pictures.save_picture(path, image)
 
 
 def main():
@@ -210,7 +210,7 @@ def main():
     train_biggan(biggan, args.steps, generator)
     train_u2net(u2net, biggan, args.steps // 5, generator)
     sheet = make_sheet(biggan, u2net, generator)
-    pictures.save_png(args.out.with_suffix(".png"), sheet)
+    pictures.save_picture(args.out.with_suffix(".png"), sheet)
     states = {
         "biggan": weights.to_half(biggan.state_dict()),
         "u2net": weights.to_half(u2net.state_dict()),

@@ -202,7 +202,8 @@ def find_objects(segmenter, images, needed, device):
         seen += len(part)
         left_out += int((~good[-1]).sum())
         print(
-            f"{seen} of {len(images)} real images, {left_out} left out: no object found", flush=True
+            f"{seen} of {len(images)} real images searched; {left_out} left out, without an object",
+            flush=True,
         )
         if seen - left_out >= needed:
             break
@@ -1115,7 +1116,8 @@ def generate_imagenet(args, device):
     if args.shapes == "real":
         size = train_cgn.SMALL["output_dim"] if trained.get("preset") == "small" else 256
         transform = imagenet.make_transform(False, size, margin=False)
-        photos = Photographs(imagenet.Images(*files, transform), args.images, size)
+        images = imagenet.Images(*files, transform, upright=True)
+        photos = Photographs(images, args.images, size)
 
     with runs.claim_folder(args.out, __file__, args.resume):
         if runs.is_main_rank():

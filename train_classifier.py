@@ -19,6 +19,7 @@ settings, there is `biased`: the last 5,000 training images. ImageNet, an ensemb
 import argparse
 import copy
 import functools
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
@@ -312,25 +313,43 @@ class DigitData(NamedTuple):
 
 
 def load_folder_data(args, device):
-    """A folder's images, counterfactuals, and test sets: `biased`, of the folder, and those of
+    """A folder's images, counterfactuals, and test sets: `test`, of the folder, and those of
     --test. UserError for missing files.
     """
     original, test = folders.load_folder(args.data_dir, args.image_size, device)
+    counts = original.labels.bincount(minlength=len(original.names))
+    args.class_counts = dict(zip(original.names, counts.tolist()))
+    if args.weights:
+        check_class_names(args.weights, original.names)
     if not len(test):
         raise runs.UserError(
             f"--data-dir {args.data_dir}: no test images; put some into test/ beside train/, or "
-            "give ten images or more to a class, so that a tenth can be held out"
+            "add images: of a class of ten or more, about a tenth is held out"
         )
     counterfactual = None
     if args.counterfactual:
         counterfactual = mnist.load_counterfactuals(
             args.counterfactual, args.dataset, args.offline, original, device
         )
-    test_sets = {"biased": (test.pixels, test.labels)}
+    test_sets = {"test": (test.pixels, test.labels)}
     for name, folder in args.test:
         part = folders.read_test(folder, original.names, original.size, device)
         test_sets[name] = (part.pixels, part.labels)
     return DigitData(original, counterfactual, test, test_sets, None)
+
+
+def check_class_names(path, names):
+    """UserError if weights are of other classes, as far as the run that wrote them tells."""
+    try:
+        description = json.loads((path.parent.parent / "args.json").read_text())
+        written = description["args"]["class_counts"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if list(written) != names:
+        raise runs.UserError(
+            f"--weights {path}: a classifier of the classes {', '.join(written)}; --data-dir has "
+            f"{', '.join(names)}"
+        )
 
 
 def load_digit_data(args, device):
@@ -584,14 +603,15 @@ def finish_epoch(args, seed, training, data, epoch, whole):
     print(f"seed {seed}  epoch {epoch + 1}/{args.epochs}  {words}", flush=True)
 
     # Chosen without a look at the test digits: that would be selecting on what is measured.
-    if metrics["biased"] > extra["best"] and (whole or extra["best"] < 0):
+    score = metrics["test" if args.dataset == "images" else "biased"]
+    if score > extra["best"] and (whole or extra["best"] < 0):
         runs.save_tensors(training.out / "weights_best.pt", classifier.state_dict())
     runs.save_tensors(training.out / "weights.pt", classifier.state_dict())
     extra["metrics"] = metrics
     if whole:
         extra["epoch"] = epoch + 1
         extra["sums"].zero_()
-        extra["best"] = max(extra["best"], metrics["biased"])
+        extra["best"] = max(extra["best"], score)
     training.save()
 
 
@@ -608,6 +628,15 @@ def evaluate_digits(args, out, data, device):
 def measure_heat_maps(args, classifier, data, out):
     """Heat maps of --explain test images in explain.png, and their metrics; {} for none."""
     if not args.explain:
+        return {}
+    if args.dataset == "images":
+        images, labels = data.test_sets["test"]
+        index = torch.linspace(0, len(images) - 1, min(args.explain, len(images))).long()
+        scores = pictures.digit_scores if args.arch == "digits" else None
+        names = data.original.names
+        pictures.explain_images(
+            classifier, images[index], labels[index], names, scores, out / "explain.png"
+        )
         return {}
     images, _ = data.test_sets["decorrelated"]
     return pictures.explain_digits(
@@ -764,9 +793,7 @@ def check_images(parser, args):
     """The parser's error for what a folder of images does not have."""
     if args.train == "decorrelated":
         parser.error("--train decorrelated: only of the MNIST variants, whose colors are drawn")
-    if args.explain:
-        parser.error("--explain: only on the MNIST variants and ImageNet")
-    taken = ("biased", "loss", "train", "follows", "step", "epoch", "seed")
+    taken = ("test", "loss", "train", "follows", "step", "epoch", "seed")
     check_names(parser, "--test", args.test, taken)
     if args.arch != "digits":
         check_arch(parser, args)

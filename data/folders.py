@@ -1,12 +1,15 @@
 """Your own images: a folder for each class, read once into one uint8 tensor.
 
     FOLDER/train/CLASS/*.png        and, if it is there, FOLDER/test/CLASS/*.png
-    FOLDER/CLASS/*.png              a tenth is held out as the test split
+    FOLDER/CLASS/*.png              about a tenth is held out as the test split
 
-Images may be JPEG, PNG or WebP, of any size, gray, with a palette, transparent or of 16 bits.
+Images may be JPEG, PNG, WebP, BMP, GIF or TIFF, of any size, gray, with a palette, transparent or
+of 16 bits.
 Whatever is wrong with a folder is a UserError that names it.
 """
 
+import collections
+import hashlib
 import itertools
 import os
 import sys
@@ -64,15 +67,15 @@ def load_folder(folder, size, device="cpu"):
     names, paths, labels = find_images(top)
     check_classes(top, names, labels)
     # In random order from the start: the images are not moved in memory again.
-    order = torch.randperm(len(paths), generator=runs.seeded_generator(0, "folder", 0))
-    paths = [paths[index] for index in order.tolist()]
+    hashes = [name_hash(path, top) for path in paths]
+    order = sorted(range(len(paths)), key=hashes.__getitem__)
+    paths = [paths[index] for index in order]
     labels = labels[order]
     if top != folder and (folder / "test").is_dir():
         test = read_test(folder / "test", names, size, device)
         told = f"{len(test)} test images in test/"
     else:
-        # Always the same tenth, so that training, generation and classification agree.
-        held_out = is_in_tenth(labels)
+        held_out = is_in_tenth(sorted(hashes), labels)
         test = ImageFolder(select(paths, held_out), labels[held_out], names, size, device)
         paths = select(paths, ~held_out)
         labels = labels[~held_out]
@@ -80,6 +83,7 @@ def load_folder(folder, size, device="cpu"):
     training = ImageFolder(paths, labels, names, size, device)
     check_classes(top, names, training.labels)
     print_manifest(top, training, told)
+    print_unread(folder, top)
     return training, test
 
 
@@ -119,7 +123,13 @@ def find_images(folder):
     paths = []
     labels = []
     for label, path in enumerate(classes):
-        files = files_within(path)
+        for inner in runs.entries(path):
+            if inner.name.lower() in SPLITS and inner.is_dir():
+                raise runs.UserError(
+                    f"{inner}: a split within a class; training images should lie in train/CLASS/, "
+                    "those of a test in test/CLASS/"
+                )
+        files = [file for file in files_within(path) if file.suffix.lower() in imagenet.ENDINGS]
         if not files:
             endings = ", ".join(sorted(imagenet.ENDINGS))
             raise runs.UserError(
@@ -130,18 +140,31 @@ def find_images(folder):
     return [path.name for path in classes], paths, torch.tensor(labels)
 
 
-def files_within(folder):
-    """The images in a folder and in the folders within it, sorted in each."""
-    files = imagenet.image_files(folder)
+def files_within(folder, above=()):
+    """The files in a folder and in the folders within it, sorted in each.
+
+    above: the folders that it lies in; a link may lead back to one, and is not followed there.
+    """
+    place = folder.resolve()
+    if place in above:
+        return []
+    files = []
     for path in runs.entries(folder):
-        if path.is_dir() and not path.is_symlink():  # a link may lead back up
-            files += files_within(path)
+        if path.is_dir():
+            files += files_within(path, (*above, place))
+        else:
+            files.append(path)
     return files
 
 
 def check_classes(folder, names, labels):
     """UserError for too few or too many classes, or a class all of whose files are damaged."""
-    if not 2 <= len(names) <= MAX_CLASSES:
+    if len(names) == 1:
+        raise runs.UserError(
+            f"{folder}: {names[0]} is the only class folder; a data set has 2 to {MAX_CLASSES} "
+            f"(or is it {folder / names[0]}?)"
+        )
+    if len(names) > MAX_CLASSES:
         raise runs.UserError(
             f"{folder}: {len(names)} class folders; a data set has 2 to {MAX_CLASSES}"
         )
@@ -160,13 +183,21 @@ def read_test(folder, names, size, device):
     return ImageFolder(paths, classes[labels], names, size, device)
 
 
-def is_in_tenth(labels):
-    """Which are among the first tenth of their class, bool (n,); none of fewer than ten."""
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique():
-        of_class = (labels == label).nonzero()[:, 0]
-        chosen[of_class[: len(of_class) // 10]] = True
-    return chosen
+def name_hash(path, folder):
+    """A hash of a file's path within a folder, uniform in [0, 1)."""
+    name = os.fsencode(path.relative_to(folder).as_posix())
+    digest = hashlib.sha256(name).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def is_in_tenth(hashes, labels):
+    """Which of the files are held out, bool (n,): those of the lowest hashes, about a tenth of each
+    class; none of a class of fewer than ten. So training, generation and classification agree, and
+    no file changes sides when others are added.
+    """
+    lowest = torch.tensor(hashes) < 0.1
+    large = labels.bincount() >= 10
+    return lowest & large[labels]
 
 
 def select(paths, chosen):
@@ -188,6 +219,25 @@ def print_manifest(folder, training, told):
         print(f"  {name:<{width}} {count}")
     if len(names) > len(rows):
         print(f"  and {len(names) - len(rows)} larger classes of up to {max(counts)}")
+
+
+def print_unread(folder, top):
+    """What lies in a data set's folder and is not read. top: where its training classes lie."""
+    unread = collections.Counter()
+    for path in runs.entries(top):
+        if not path.is_dir():
+            unread["files beside the class folders"] += 1
+            continue
+        for file in files_within(path):
+            ending = file.suffix.lower()
+            if ending not in imagenet.ENDINGS:
+                unread[f"files {ending}" if ending else "files without an ending"] += 1
+    found = [f"{count} {kind}" for kind, count in unread.items()]
+    if top != folder:
+        others = [path for path in runs.entries(folder) if path.is_dir()]
+        found += [f"{path.name}/" for path in others if path.name not in ("train", "test")]
+    if found:
+        print(f"  not read: {', '.join(found)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -229,7 +279,7 @@ def read_split(paths, labels, size):
     """Pixels, uint8 (n, 3, size, size), and labels of all intact images. The others are named."""
     pixels = torch.empty(len(paths), 3, size, size, dtype=torch.uint8)
     intact = torch.empty(len(paths), dtype=torch.bool)
-    workers = min(os.cpu_count(), MAX_WORKERS) if len(paths) > 4 * CHUNK else 0
+    workers = min(runs.cpu_count(), MAX_WORKERS) if len(paths) > 4 * CHUNK else 0
     loader = torch.utils.data.DataLoader(
         Chunks(paths, size),
         batch_size=None,

@@ -25,7 +25,7 @@ from torchvision.transforms import v2
 from data import runs
 
 HEADS = ("shape", "texture", "background")  # the three labels of a counterfactual
-ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 MAX_PIXELS = 90_000_000  # of an image; the largest of ImageNet has 61 million
 MAX_DAMAGED = 20  # images that are skipped before it is an error
@@ -423,19 +423,21 @@ def read_image(path, upright=False):
                 return None
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
+            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
     except UNREADABLE:
         return None
 
 
 def to_rgb(image):
-    """A PIL image of any mode -> uint8 (3, H, W). Alpha is ignored."""
+    """A PIL image in RGB. Alpha is ignored. ValueError for one whose pixels are real numbers."""
+    if image.mode == "F":
+        raise ValueError("its pixels are real numbers, of unknown range")
     if image.mode.startswith("I"):  # gray, of 16 bits
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode != "RGB":
         image.info.pop("transparency", None)  # of which Pillow would warn
         image = image.convert("RGB")
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return image
 
 
 class Images(torch.utils.data.Dataset):
@@ -445,9 +447,10 @@ class Images(torch.utils.data.Dataset):
     all ranks have batches of one size. Augmentation depends on the seed, the epoch and i alone.
     """
 
-    def __init__(self, paths, labels, transform, seed=0, epoch=0, replace=False):
+    def __init__(self, paths, labels, transform, seed=0, epoch=0, replace=False, upright=False):
         self.paths = paths
         self.replace = replace
+        self.upright = upright
         self.labels = labels
         self.transform = transform
         self.seed = seed
@@ -469,7 +472,7 @@ class Images(torch.utils.data.Dataset):
 
     def load(self, index):
         """The transformed image, uint8 (3, size, size). None if it is damaged or far too large."""
-        image = read_image(self.paths[index])
+        image = read_image(self.paths[index], self.upright)
         if image is None:
             return None
         with torch.random.fork_rng(devices=[]):

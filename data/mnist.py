@@ -16,7 +16,7 @@ import torchvision
 from PIL import Image, ImageColor
 from torchvision.transforms.functional import pil_to_tensor
 
-from data import runs, synthetic
+from data import imagenet, runs, synthetic
 from kernels import compose
 
 SIZE = 32  # images are SIZE x SIZE
@@ -174,8 +174,7 @@ def load_texture_folder(folder):
         raise runs.UserError(
             f"--textures: no folder {folder}; it takes a folder with object/ and background/ in it"
         )
-    endings = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-    files = [file for file in runs.entries(folder) if file.suffix.lower() in endings]
+    files = imagenet.image_files(folder)
     if len(files) != 10:
         raise runs.UserError(
             f"--textures: {folder} holds {len(files)} images, not one for each of the 10 classes"
@@ -214,9 +213,9 @@ def load_dtd(data_dir, offline=False):
 def read_texture(file):
     """An image file as uint8 (3, TEXTURE_SIZE, TEXTURE_SIZE). UserError if it is none."""
     try:
-        image = Image.open(file).convert("RGB")
+        image = imagenet.to_rgb(Image.open(file))
         image = image.resize((TEXTURE_SIZE, TEXTURE_SIZE), Image.Resampling.NEAREST)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except imagenet.UNREADABLE as error:
         raise runs.UserError(f"{file}: cannot be read as an image ({error})") from None
     return pil_to_tensor(image)
 
@@ -472,6 +471,11 @@ def read_chunks(folder, chunks, images, labels):
         path = folder / f"chunk_{index:05d}.pt"
         chunk = runs.load_tensors(path)
         try:
+            size = chunk["images"].shape[2]
+            if size != images.shape[2]:
+                raise runs.UserError(
+                    f"{path}: images of {size} x {size} pixels; give --image-size {size}"
+                )
             stop = start + len(chunk["images"])
             images[start:stop] = chunk["images"]
             labels[start:stop] = chunk["labels"]

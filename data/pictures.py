@@ -5,6 +5,7 @@ digit masks.
 """
 
 import math
+import unicodedata
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,11 @@ def to_unit(image):
     return image / 2 + 0.5
 
 
+def to_ascii(text):
+    """A text without accents, and without the letters of other scripts."""
+    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+
+
 def tile_sheet(images, column_titles=(), row_titles=(), scale=3, gap=2):
     """A labeled contact sheet.
 
@@ -46,6 +52,8 @@ def tile_sheet(images, column_titles=(), row_titles=(), scale=3, gap=2):
     the rows. scale: pixels of the sheet for each pixel. gap: pixels between images. Returns uint8
     (3, height, width).
     """
+    # The font has no other letters; of a title in another script, the number of its row is left.
+    row_titles = [to_ascii(title) or str(row) for row, title in enumerate(row_titles)]
     rows, columns, _, height, width = images.shape
     images = images.expand(rows, columns, 3, height, width)
     pixels = images.mul(255).round().clamp(0, 255)
@@ -391,6 +399,20 @@ def explain_digits(classifier, images, digits, labels, count, path):
         "heat map IoU": 100 * intersection_over_union(maps, masks).mean().item(),
         "whole image IoU": 100 * intersection_over_union(whole, masks).mean().item(),
     }
+
+
+def explain_images(classifier, images, labels, names, scores, path):
+    """Write a sheet of images, uint8 (n, 3, S, S), with heat maps of a classifier.
+
+    labels: (n,). names: of the classes. scores: see heat_maps.
+    """
+    maps, predictions = heat_maps(classifier, mnist.to_float(images), scores)
+    rows = beside_overlays(images / 255, maps)
+    titles = []
+    for label, prediction in zip(labels.tolist(), predictions[:, 0].tolist()):
+        titles.append(f"{names[label]}\nseen as {names[prediction]}")
+    scale = sheet_scale(images.shape[2])
+    save_picture(path, tile_sheet(rows, ["image", "heat map"], titles, scale))
 
 
 def explain_ensemble(ensemble, tests, count, image_size, batch_size, device, path):

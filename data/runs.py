@@ -97,7 +97,7 @@ class Output:
         self.stream = stream
         # A name of the user's may have letters that the terminal's encoding lacks.
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -251,6 +251,13 @@ def pick_device(name):
     return device
 
 
+def cpu_count():
+    """The CPU cores that this process may use: a scheduler may lend it some of the machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
 def keep_freed_memory():
     """Let this process keep the memory of large tensors for the next ones, where it runs on glibc.
 
@@ -394,9 +401,13 @@ def cannot_write(path, error):
 
 def entries(folder):
     """What lies in a folder of data, sorted. Every such folder is listed here, without what is
-    never data: .DS_Store, ._0.png, .ipynb_checkpoints, __MACOSX.
+    never data: .DS_Store, ._0.png, .ipynb_checkpoints, and what archives and servers add.
     """
-    return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__")))
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if not path.name.startswith(".") and path.name not in ("__MACOSX", "__pycache__", "@eaDir")
+    )
 
 
 # How text is read and written: names of files need not be UTF-8, and stay what they are.

@@ -53,7 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         first = sum(other["kind"] == kind for other in self.server.log) == 1
         code, body, headers = self.answer(kind, asked, first)
         self.send_response(code)
-        if kind != "longer":
+        if kind not in ("longer", "endless"):
             self.send_header("Content-Length", str(len(body)))
         for name, value in headers.items():
             self.send_header(name, value)
@@ -102,6 +102,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             return body[:-1] + bytes([body[-1] ^ 1])
         if kind == "longer":
             return body + b"x"
+        if kind == "endless":
+            return body + bytes(10**6)
         return body
 
     def page(self, kind):
@@ -298,6 +300,19 @@ def test_what_came_before_giving_up_is_kept_for_the_next_time(server, tmp_path):
 
 # --------------------------------------------------------------------------------------------------
 # Wrong content
+
+
+def test_no_more_is_read_than_the_file_should_have(server, tmp_path, monkeypatch):
+    sizes = []
+    append = download.PartialFile.append
+
+    def note(part, block):
+        sizes.append(len(block))
+        append(part, block)
+
+    monkeypatch.setattr(download.PartialFile, "append", note)
+    assert "wrong size" in failure(tmp_path, server.url("endless"))
+    assert sum(sizes) <= len(BODY) + download.BLOCK
 
 
 @pytest.mark.parametrize("kind", ["corrupt", "longer"])

@@ -262,13 +262,25 @@ def test_normalization_and_what_tests_see_of_an_image():
     image = torch.arange(224 * 224 * 3).remainder(256).byte().view(3, 224, 224)
     # ImageNet-9 comes as it is to be seen.
     assert torch.equal(imagenet.make_transform(False, 224, margin=False)(image), image)
-    assert imagenet.make_transform(False, 224)(image).shape == (3, 224, 224)
+    larger = torch.arange(256 * 256 * 3).remainder(251).byte().view(3, 256, 256)
+    seen = imagenet.make_transform(False, 224)(larger)
+    assert torch.equal(seen, larger[:, 16:-16, 16:-16])
     batch = torch.stack([image] * 5)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     found = imagenet.normalized(batch)
     assert torch.allclose(found, (batch / 255 - mean) / std, atol=1e-5)
     assert found.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_half_of_the_training_images_are_flipped():
+    torch.manual_seed(0)
+    image = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64)
+    transform = imagenet.make_transform(True, 32)
+    seen = torch.stack([transform(image)[0, 0] for _ in range(100)]).int()
+    rises = seen[:, -1] - seen[:, 0]
+    assert 35 < (rises > 0).sum() < 65
+    assert rises.abs().min() < 20 and rises.abs().max() > 50  # crops of all sizes, in one size
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone(tmp_path):
@@ -447,8 +459,10 @@ def test_the_other_normalization_of_imagenet9(miniature):
         tests = {"in9 original": ("in9", original)}
         train_classifier.evaluate(constant, ["baseline"], tests, args, CPU)
     own, _, other, _ = constant.seen  # three images in two batches
-    red = own[0, 0] * 0.229 + 0.485
-    assert torch.allclose((red - 0.4717) / 0.26, other[0, 0], atol=1e-5)
+    mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
+    pixels = own[0] * std + mean
+    mean, std = torch.tensor([[0.4717, 0.4499, 0.3837], [0.26, 0.2516, 0.2575]])[..., None, None]
+    assert torch.allclose((pixels - mean) / std, other[0], atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -717,6 +731,21 @@ def test_a_pretrained_network_alone(miniature, counterfactuals, tmp_path):
     assert hits["val", "baseline", "top-5"] == 5  # three classes are among the best five
     done = run(*flags, "--classes", 5, "--out", tmp_path / "none", expect=2)
     assert "val has no image of these 1 classes" in done.stderr
+
+
+def test_labels_are_those_of_shape_texture_and_background(tmp_path):
+    """Whatever the order of the columns."""
+    write_image(tmp_path / "counterfactual" / "a.png")
+    table = "background,file,texture,shape\n3,counterfactual/a.png,2,1\n"
+    (tmp_path / "labels.csv").write_text(table)
+    assert imagenet.counterfactual_images([tmp_path])[1].tolist() == [[1, 2, 3]]
+
+
+def test_counterfactuals_are_of_classes_with_all_three_labels():
+    labels = torch.tensor([[1, 2, 1], [1, 3, 1], [3, 3, 3]])
+    paths, kept = imagenet.images_of_classes(list("abc"), labels, [1, 2])
+    assert paths == ["a"] and kept.tolist() == [[1, 2, 1]]
+    assert imagenet.images_of_classes(list("abc"), labels[:, 1], [3])[0] == ["b", "c"]
 
 
 def test_lists_of_classes(tmp_path):

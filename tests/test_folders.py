@@ -65,6 +65,11 @@ def symbolic_links(root):
     return 10
 
 
+def link_back_up(root):
+    (root / "cat" / "again").symlink_to(root / "cat", target_is_directory=True)
+    return 6
+
+
 def dangling_link(root):
     (root / "cat" / "nowhere.png").symlink_to(root / "gone.png")
     return 6
@@ -125,8 +130,15 @@ def animation(root):
     return 7
 
 
-def bitmap(root):
-    save(root / "cat" / "b.bmp")
+def other_endings(root):
+    for ending in ("bmp", "gif", "jfif", "tif"):
+        save(root / "cat" / f"b.{ending}", format="JPEG" if ending == "jfif" else None)
+    return 10
+
+
+def underscores(root):
+    save(root / "__background__" / "a.png")
+    save(root / "__MACOSX" / "a.png")
     return 7
 
 
@@ -152,6 +164,7 @@ READABLE = [
     many_pixels,
     cmyk,
     symbolic_links,
+    link_back_up,
     dangling_link,
     text_file,
     empty_file,
@@ -162,7 +175,8 @@ READABLE = [
     many_classes,
     webp,
     animation,
-    bitmap,
+    other_endings,
+    underscores,
     train_alone,
 ]
 
@@ -190,7 +204,8 @@ def test_odd_folders_are_read(case, tmp_path, capsys):
 
 def empty_class(root):
     (root / "empty").mkdir()
-    return "empty: no images (.bmp, .jpeg, .jpg, .png, .webp) in this class"
+    (root / "empty" / "a.txt").write_text("no image")
+    return "empty: no images (.bmp, .gif, .jfif, .jpeg, .jpg, .png, .tif, .tiff, .webp) in this"
 
 
 def damaged_class(root):
@@ -207,7 +222,7 @@ def much_damaged(root):
 
 def one_class(root):
     (root / "cat").rename(root.parent / "cat")
-    return "1 class folders; a data set has 2 to 1000"
+    return "dog is the only class folder; a data set has 2 to 1000"
 
 
 def too_many_classes(root):
@@ -240,8 +255,14 @@ def splits_of_other_names(root):
     return "Test: holds folders alone, as a split of the data does, not a class"
 
 
+def splits_within_classes(root):
+    save(root / "dog" / "test" / "a.png")
+    return "dog/test: a split within a class; training images should lie in train/CLASS/"
+
+
 UNREADABLE = [
     splits_of_other_names,
+    splits_within_classes,
     empty_class,
     damaged_class,
     much_damaged,
@@ -292,6 +313,9 @@ def test_photographs_are_turned_upright(tmp_path):
     image.save(tmp_path / "a.jpg", exif=exif, quality=95)
     found = folders.read_square(tmp_path / "a.jpg", 32)
     assert found[0, :14].max() < 50 and found[0, 18:].min() > 200
+    # ImageNet's protocols do not turn them.
+    seen, _, _ = imagenet.Images([tmp_path / "a.jpg"], torch.zeros(1), lambda image: image)[0]
+    assert seen[0, :14].min() > 200 and seen[0, 18:].max() < 50
 
 
 def test_the_middle_square_is_taken(tmp_path):
@@ -299,6 +323,15 @@ def test_the_middle_square_is_taken(tmp_path):
     image.paste(RED, (32, 0, 64, 32))
     image.save(tmp_path / "a.png")
     assert folders.read_square(tmp_path / "a.png", 32)[0].unique().tolist() == [RED[0]]
+
+
+def test_large_images_are_averaged(tmp_path):
+    """Of single pixels, 64 of them would leave a deviation of 37."""
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    assert folders.read_square(tmp_path / "a.png", 32).float().std() < 15
+    seen = imagenet.make_transform(False, 32)(torch.from_numpy(noise).permute(2, 0, 1))
+    assert seen.float().std() < 15
 
 
 def test_far_too_large_images_are_left_out(tmp_path, monkeypatch):
@@ -331,6 +364,36 @@ def test_a_tenth_is_held_out(tmp_path):
     assert sorted(values[0] + values[1]) == list(range(40))
     assert training.labels.tolist() != sorted(training.labels.tolist())  # in random order
 
+    for index in range(40, 200):
+        save(tmp_path / "many" / f"{index}.png", (8, 8), (index, 0, 0))
+    training, test = folders.load_folder(tmp_path, 32)
+    more = [part.pixels[part.labels == 1][:, 0, 0, 0].tolist() for part in (training, test)]
+    assert set(values[0]) < set(more[0]) and set(values[1]) < set(more[1])
+    assert 10 < len(more[1]) < 30
+
+
+def test_what_is_not_read_is_told(tmp_path, capsys):
+    two_classes(tmp_path / "train")
+    (tmp_path / "train" / "cat" / "deep").mkdir()
+    (tmp_path / "train" / "cat" / "deep" / "a.avif").touch()
+    (tmp_path / "train" / "dog" / "notes").touch()
+    save(tmp_path / "train" / "a.png")
+    save(tmp_path / "val" / "cat" / "a.png")
+    folders.load_folder(tmp_path, 32)
+    told = "not read: 1 files .avif, 1 files without an ending, 1 files beside the class folders"
+    found = capsys.readouterr().out.splitlines()[-1]
+    parts = set(found.strip().removeprefix("not read: ").split(", "))
+    assert parts == {*told.removeprefix("not read: ").split(", "), "val/"}
+
+
+def test_a_test_of_some_of_the_classes(tmp_path):
+    for name in ("cat", "cow", "dog"):
+        save(tmp_path / "train" / name / "a.png")
+    save(tmp_path / "test" / "dog" / "a.png")
+    save(tmp_path / "test" / "cow" / "a.png")
+    _, test = folders.load_folder(tmp_path, 32)
+    assert test.labels.tolist() == [1, 2]
+
 
 def test_workers_read_the_same(tmp_path, monkeypatch):
     two_classes(tmp_path, 40)
@@ -358,17 +421,25 @@ def png_digits(digits_dir, tmp_path_factory):
     return out
 
 
+def in_order(pixels, labels):
+    """Rows of label and pixels, sorted."""
+    return torch.cat([labels[:, None].to(torch.uint8), pixels.flatten(1)], 1).unique(dim=0)
+
+
 def test_a_folder_holds_what_the_variant_draws(png_digits, digits_dir):
     training, test = folders.load_folder(png_digits, 32)
-    variant, _ = mnist.load_variant("double_colored_mnist", digits_dir)
+    variant, other = mnist.load_variant("double_colored_mnist", digits_dir)
     images = variant.all_images(0)
     assert len(training) == len(variant) - variant.held_out and len(test) == variant.held_out
-    for split, own in ((training, slice(0, len(training))), (test, slice(len(training), None))):
-        both = []
-        for pixels, labels in ((split.pixels, split.labels), (images[own], variant.labels[own])):
-            rows = torch.cat([labels[:, None].to(torch.uint8), pixels.flatten(1)], 1)
-            both.append(rows.unique(dim=0))
-        assert torch.equal(*both)
+    cut = len(training)
+    splits = [(training, images[:cut], variant.labels[:cut])]
+    splits.append((test, images[cut:], variant.labels[cut:]))
+    drawn = (other.all_images(0), other.decorrelated_images(0)[0])
+    for name, own in zip(("correlated", "decorrelated"), drawn):
+        found = folders.read_test(png_digits / name, mnist.NAMES, 32, "cpu")
+        splits.append((found, own, other.labels))
+    for split, own, labels in splits:
+        assert torch.equal(in_order(split.pixels, split.labels), in_order(own, labels))
 
 
 @pytest.mark.parametrize("size", [32, 64, 128])
@@ -413,10 +484,30 @@ def test_chain(png_digits, tmp_path):
     classifier = [*sized, "--offline", "--train", "both", "--counterfactual", tmp_path / "cf"]
     classifier += ["--test", f"decorrelated={png_digits / 'decorrelated'}"]
     classifier += ["--epochs", 1, "--epoch-steps", 2, "--batch-size", 8]
-    classifier += ["--arch", "mobilenet_v3_small"]
+    classifier += ["--arch", "mobilenet_v3_small", "--explain", 4]
     run("train_classifier.py", *classifier, "--out", tmp_path / "classifier")
     results = (tmp_path / "classifier" / "results.json").read_text()
-    assert '"biased"' in results and '"decorrelated"' in results
+    assert '"test"' in results and '"decorrelated"' in results
+    sheet = Image.open(tmp_path / "classifier" / "seed_0" / "explain.png")
+    assert 4 * 64 < sheet.height < 5 * 64
+
+    small = [32 if flag == 64 else flag for flag in classifier]
+    done = run("train_classifier.py", *small, "--out", tmp_path / "small", expect=2)
+    assert "chunk_00000.pt: images of 64 x 64 pixels; give --image-size 64" in done.stderr
+
+
+def test_a_classifier_explains_itself_and_is_of_its_classes(tmp_path):
+    root = tmp_path / "images"
+    two_classes(root, 20)
+    flags = ["--dataset", "images", "--device", "cpu", "--explain", 9]
+    training = ["--data-dir", root, "--epochs", 1, "--epoch-steps", 1, "--batch-size", 4]
+    run("train_classifier.py", *flags, *training, "--out", tmp_path / "run")
+    assert (tmp_path / "run" / "seed_0" / "explain.png").is_file()
+    (root / "cat").rename(root / "horse")
+    test = ["--data-dir", root, "--evaluate", "--out", tmp_path / "tested"]
+    weights = ["--weights", tmp_path / "run" / "seed_0" / "weights.pt"]
+    done = run("train_classifier.py", *flags, *test, *weights, expect=2)
+    assert "a classifier of the classes cat, dog; --data-dir has dog, horse" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -427,10 +518,9 @@ def test_chain(png_digits, tmp_path):
         ("train_classifier.py --arch vit_b_16", "does not take images of 32 x 32 pixels"),
         ("train_classifier.py --arch resnet18 --batch-size 1", "in batches of 1"),
         ("train_classifier.py --arch googlenet", "or does not return logits alone"),
-        ("train_classifier.py --test biased=x", "--test biased=...: the name is taken"),
-        ("train_classifier.py --explain 3", "--explain: only on the MNIST variants and ImageNet"),
+        ("train_classifier.py --test test=x", "--test test=...: the name is taken"),
         ("train_cgn.py --image-size 48", "argument --image-size: invalid choice: 48"),
-        ("train_cgn.py --offline --batch-size 9999", "larger than the 540 training images"),
+        ("train_cgn.py --offline --batch-size 9999", "larger than the 537 training images"),
         ("train_cgn.py --offline --weights BUNDLED", "not those of the training images"),
         ("generate.py --weights BUNDLED", "was trained on colored_mnist"),
     ],

@@ -694,6 +694,7 @@ def test_class_names():
     assert imagenet.class_index("African elephant") == imagenet.class_index("n02504458") == 386
     assert imagenet.class_index("cardigan") == 474  # a garment
     assert imagenet.class_index("Cardigan") == 264  # a dog
+    assert imagenet.class_index("DRUM") == 541  # no drumstick
 
 
 @pytest.mark.parametrize(

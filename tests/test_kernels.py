@@ -10,6 +10,7 @@ import subprocess
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run
@@ -233,6 +234,18 @@ def test_gradients_of_single_outputs(which):
         close(x, torch.zeros_like(x) if y is None else y, 2e-5)
 
 
+def test_gradients_of_sums():
+    """They are one number for all images, of stride 0."""
+    results = []
+    for backend in ("triton", "eager"):
+        *leaves, target = [x.requires_grad_() for x in float_inputs(3, 5, 4)]
+        losses = composite_losses(*leaves, target, backend=backend)
+        total = losses.composite.sum() + 7 * losses.mask_mean.sum()
+        results.append(torch.autograd.grad(total, leaves))
+    for x, y in zip(*results, strict=True):
+        close(x, y, 1e-5)
+
+
 @pytest.mark.parametrize("recorded", range(3))
 def test_inputs_without_gradient_get_none(recorded):
     *inputs, target = float_inputs(2, 5, 6)
@@ -267,6 +280,24 @@ def test_mixed_dtypes_and_expanded_inputs():
     for x, y in zip(fast, slow, strict=True):
         assert x.dtype == y.dtype
         close(x, y, TOLERANCES[x.dtype])
+
+
+def test_sums_of_more_programs_and_images_than_are_added_at_a_time():
+    torch.manual_seed(0)
+    images, splits, pixels = 5, 7, 50
+    partial = pixels / splits * torch.rand(3, images, splits, device=DEVICE)
+    l1, binary, interval = torch.empty(3, device=DEVICE)
+    mean = torch.empty(images, device=DEVICE)
+    bounds = (0.45, 0.5)
+    eager.composite.finish_kernel[(1,)](
+        partial, l1, binary, mean, interval, images, splits, pixels, *bounds, IMAGES=2, SPLITS=4
+    )
+    exact = partial.double()
+    means = exact[2].sum(1) / pixels
+    close(l1, exact[0].sum() / (3 * images * pixels), 1e-6)
+    close(binary, exact[1].sum() / (images * pixels), 1e-6)
+    close(mean, means, 1e-6)
+    close(interval, (means - means.clamp(*bounds)).abs().mean(), 1e-6)
 
 
 def test_nan_is_not_hidden():
@@ -314,7 +345,7 @@ STYLE_SHAPES = [
     (5, 3, 7, 33, "slice"),  # fewer channels than a tile has
     (2, 17, 33, 7, "channels last"),  # one more channel than the smallest tile
     (2, 64, 16, 32, "contiguous"),  # one tile, whole blocks of positions
-    (1, 40, 30, 30, "channels last"),  # positions split over four programs
+    (1, 40, 50, 50, "channels last"),  # positions split over ten programs, more than fit at a time
     (2, 130, 7, 5, "transposed"),  # a tile and two channels
     (1, 257, 7, 7, "contiguous"),  # many tiles
     (2, 257, 1, 7, "channels last"),
@@ -347,6 +378,13 @@ def test_style_loss(n, channels, height, width, layout, dtype):
         assert grad.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_one_gram_matrix_for_all_images():
+    features, target = torch.rand(2, 3, 20, 6, 6, device=DEVICE)
+    goal = gram_matrix(target[:1]).expand(3, -1, -1)
+    results = [style_loss(features, goal, backend=backend) for backend in ("triton", "eager")]
+    close(*results, 1e-4)
+
+
 def test_style_loss_of_equal_features_is_zero_but_for_rounding():
     features = torch.randn(2, 20, 40, 11, device=DEVICE)
     loss = style_loss(features, features.clone(), backend="triton")
@@ -371,6 +409,17 @@ def test_small_features_are_not_tuned():
         features = torch.empty(1).expand(images, channels, side**2)
         arguments = {"channels": channels, "positions_class": eager.gram.tuning_class(features)}
         assert len(eager.gram.configs_to_try(configs, arguments, num_warps=8)) == count
+
+
+def test_products_are_exact_unless_tf32_is_allowed():
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        assert eager.gram.dot_precision() == "tf32x3"
+        torch.set_float32_matmul_precision("high")
+        assert eager.gram.dot_precision() == "tf32"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_splits_stay_within_the_workspace():
@@ -573,6 +622,15 @@ def test_convolution_relu(channels, side, dilation, channels_last, uses, dtype):
     assert (grad_x - exact_grad).abs().mean() < 2 * TOLERANCES[dtype] * exact_grad.abs().max()
 
 
+def test_convolution_relu_keeps_stride_and_groups():
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(6, 4, 3, stride=2, padding=1, groups=2, device=DEVICE)
+    convolution.requires_grad_(False)
+    x = torch.randn(2, 6, 7, 8, device=DEVICE)
+    y, _ = convolution_relu(x, convolution, backend="triton")
+    close(y, convolution(x).relu(), 1e-5)
+
+
 def test_the_derivative_of_relu_is_one_pass_for_two_users():
     torch.manual_seed(0)
     for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -608,6 +666,13 @@ def test_eager_affine_relu_is_the_formula_with_its_gradient():
     gain, shift = gain_and_shift[..., None, None].chunk(2, 1)
     torch.testing.assert_close(affine_relu(x, gain_and_shift), (x * gain + shift).relu())
     assert torch.autograd.gradcheck(affine_relu, (x, gain_and_shift))
+
+
+def test_gains_and_shifts_may_have_any_strides():
+    x = torch.randn(2, 3, 4, 5, device=DEVICE)
+    gain_and_shift = torch.randn(6, 2, device=DEVICE).t()
+    y = affine_relu(x, gain_and_shift, backend="triton")
+    close(y, affine_relu(x, gain_and_shift, backend="eager"), 1e-6)
 
 
 def test_affine_relu_keeps_nan():
@@ -678,6 +743,26 @@ def test_affine_convolution(n, channels, outputs, height, width, residual, layou
             assert x.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_the_gradient_of_a_weight_from_few_programs(monkeypatch):
+    """Each takes four tiles of positions, the last one what is left."""
+    monkeypatch.setattr(eager.pointwise, "PROGRAMS", 3)
+    inputs = convolution_inputs(2, 3, 5, 9, 15, None, torch.float32)  # ten tiles
+    results = convolution_run(inputs, torch.float32, "contiguous", "triton")
+    expected = convolution_run(inputs, torch.float64, "contiguous", "eager")
+    for actual, exact in zip(results, expected, strict=True):
+        close(actual, exact, 1e-5)
+
+
+def test_affine_convolution_sums_in_float32():
+    """Of 2048 + 1 - 2048, taken in three blocks of channels, float16 would keep 0."""
+    x = torch.ones(1, 192, 1, 1, device=DEVICE, dtype=torch.float16)
+    weight = torch.zeros(1, 192, 1, 1, device=DEVICE, dtype=torch.float16)
+    weight[0, [0, 64, 128], 0, 0] = torch.tensor([2048.0, 1, -2048], device=DEVICE).half()
+    norm = torch.cat([torch.ones(1, 192), torch.zeros(1, 192)], 1).to(DEVICE)
+    y, _ = affine_convolution(x, norm, weight, backend="triton")
+    assert y.item() == 1
+
+
 def test_affine_convolution_whose_input_is_used_once():
     inputs = convolution_inputs(2, 7, 5, 4, 4, None, torch.float32)
     results = convolution_run(inputs, torch.float32, "contiguous", "triton", uses=1)
@@ -727,6 +812,17 @@ def test_affine_convolution_of_which_one_result_is_used(backend):
     assert norm.grad is None and weight.grad is None
 
 
+def test_nothing_passes_where_a_relu_is_just_closed():
+    """At exactly 0, as in PyTorch."""
+    for backend in ("triton", "eager"):
+        x = torch.zeros(1, 2, 3, 3, device=DEVICE, requires_grad=True)
+        norm = torch.tensor([[1.0, 2, 0, 0]], device=DEVICE, requires_grad=True)
+        weight = torch.ones(2, 2, 1, 1, device=DEVICE)
+        y, _ = affine_convolution(x, norm, weight, backend=backend)
+        (y + affine_relu(x, norm, backend=backend)).sum().backward()
+        assert not x.grad.any() and not norm.grad.any()
+
+
 def test_affine_convolution_keeps_nan():
     x, gain_and_shift, weight, residual = convolution_inputs(2, 3, 4, 6, 8, (4, 1), torch.float32)
     x[1, 2, 3, 4] = torch.nan
@@ -752,7 +848,7 @@ RESIZED = [  # n, channels, height, width, layout
 ]
 ENLARGED = [  # n, channels, height, width, the larger size, layout
     (1, 1, 1, 1, (5, 7), "contiguous"),
-    (2, 3, 3, 2, (5, 4), "slice"),
+    (2, 3, 5, 2, (8, 4), "slice"),
     (1, 70, 2, 3, (4, 6), "channels last"),
     (1, 5, 4, 2, (30, 5), "channels last"),  # many large pixels for a small one
     (1, 260, 2, 5, (3, 7), "channels last"),  # more pixels in a line than a tile has
@@ -803,6 +899,19 @@ def test_max_pool(n, channels, height, width, layout, ceil_mode, dtype):
     compare_backends(functools.partial(max_pool, ceil_mode=ceil_mode), [x], dtype, layout)
 
 
+def test_pooled_parts_of_a_concatenation():
+    """Gradients of such parts are slices of channels, and of any layout."""
+    torch.manual_seed(0)
+    gradient = torch.randn(2, 9, 4, 3, device=DEVICE)
+    gradients = []
+    for backend in ("triton", "eager"):
+        leaf = torch.randn(2, 5, 8, 6, generator=torch.Generator().manual_seed(0))
+        leaf = leaf.to(DEVICE, memory_format=torch.channels_last).requires_grad_()
+        torch.cat([gradient[:, :4], max_pool(leaf, backend=backend)], 1).backward(gradient)
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
+
+
 def test_enlarged_parts_of_a_concatenation():
     """Gradients of such parts are slices of channels."""
     torch.manual_seed(0)
@@ -834,7 +943,7 @@ def test_max_pool_keeps_nan():
 @pytest.mark.parametrize("training", [True, False])
 def test_normalized_convolution_is_batch_norm_then_convolution(training):
     torch.manual_seed(0)
-    norm = torch.nn.BatchNorm2d(3).double()
+    norm = torch.nn.BatchNorm2d(3, eps=0.1, momentum=0.3).double()
     norm.train(training)
     convolution = torch.nn.Conv2d(3, 4, 5, stride=2, padding=2)
     convolution.double()
@@ -1030,6 +1139,60 @@ def moved(monkeypatch):
     return moved
 
 
+@pytest.fixture
+def bounded(monkeypatch):
+    """Loads and stores outside the memory of a kernel's tensors are errors."""
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+    spans = []
+    original_arguments = GridExecutor._init_args_hst
+
+    def note(self, *args):
+        found = original_arguments(self, *args)
+        storages = [x.untyped_storage() for x in found[0] if isinstance(x, torch.Tensor)]
+        spans[:] = [(x.data_ptr(), x.data_ptr() + x.nbytes()) for x in storages]
+        return found
+
+    monkeypatch.setattr(GridExecutor, "_init_args_hst", note)
+    for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
+        original = getattr(InterpreterBuilder, name)
+
+        def checked(self, *args, original=original, place=place):
+            addresses = args[0].data[args[place].data.astype(bool)]
+            outside = [(addresses < first) | (addresses >= last) for first, last in spans]
+            assert not np.logical_and.reduce(outside).any(), "outside the tensors"
+            return original(self, *args)
+
+        monkeypatch.setattr(InterpreterBuilder, name, checked)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the interpreter knows each address")
+@pytest.mark.parametrize("layout", ["contiguous", "channels last"])
+def test_kernels_stay_within_their_tensors(bounded, layout):
+    """With sizes that fill no block: masks that are missing often change no result."""
+    float32 = torch.float32
+    gradients = output_gradients(1, 3, 5)
+    composite_run(composite_inputs(1, 3, 5, float32), float32, layout, "triton", gradients)
+    features, target = torch.randn(2, 1, 17, 3, 5)
+    style_run(features, target, float32, layout, "triton")
+    style_run(features, gram_matrix(target), float32, layout, "triton")
+    affine_run((features, torch.randn(1, 34), target), float32, layout, "triton")
+    for residual in (None, (19, 1), (19, 2)):
+        inputs = convolution_inputs(1, 17, 18, 2, 6, residual, float32)
+        convolution_run(inputs, float32, layout, "triton")
+    x = laid_out(features, layout)
+    convolution = torch.nn.Conv2d(17, 17, 1).requires_grad_(False)
+    torch.autograd.backward(convolution_relu(x, convolution, backend="triton"), [x, x])
+    for mode in (False, True):
+        y = max_pool(x, ceil_mode=mode, backend="triton")
+        y.backward(y)
+    y = enlarge(x, (5, 7), backend="triton")
+    y.backward(y)
+    sample_patch_images(
+        torch.rand(1, 3, 9, 9), torch.rand(1, 1, 9, 9), **PATCH_SETTINGS, backend="triton"
+    )
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter counts what a kernel moves")
 @pytest.mark.parametrize("layout", ["contiguous", "channels last"])
 def test_composite_moves_13_elements_per_pixel_and_20_back(moved, layout):
@@ -1110,6 +1273,18 @@ def test_changes_of_size_move_what_they_have_to(moved):
 
 # --------------------------------------------------------------------------------------------------
 # What cannot run
+
+
+def test_auto_takes_triton_for_fast_dtypes_on_one_gpu():
+    def tensor(dtype, device):
+        return types.SimpleNamespace(dtype=dtype, device=device, is_cuda=device.startswith("cuda"))
+
+    single = tensor(torch.float32, "cuda:0")
+    assert kernels.use_triton("auto", single, tensor(torch.bfloat16, "cuda:0"))
+    for other in (("float64", "cuda:0"), ("float32", "cuda:1"), ("float32", "cpu")):
+        other = tensor(getattr(torch, other[0]), other[1])
+        assert not kernels.use_triton("auto", single, other)
+    assert not kernels.use_triton("eager", single)
 
 
 def test_what_cannot_run_says_why():

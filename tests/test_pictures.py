@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import run
-from PIL import Image
+from PIL import Image, ImageColor
 from torch.testing import assert_close
 
 from data import mnist, pictures
@@ -50,6 +50,35 @@ def test_heat_maps_of_scores_that_calling_the_network_does_not_give():
     maps, predictions = pictures.heat_maps(Colors(), x, scores)
     assert predictions.tolist() == [[1], [1]]
     assert_close(maps, scaled(x.sum(1, keepdim=True)), rtol=0, atol=1e-6)
+
+
+def test_titles_have_the_letters_of_the_font():
+    sheets = []
+    for titles in (["uber", "1"], ["\u00fcb\u00e9r", "\u65e5\u672c"]):
+        sheets.append(pictures.tile_sheet(torch.zeros(2, 1, 3, 8, 8), [], titles))
+    assert torch.equal(*sheets)
+
+
+def test_a_channel_counts_by_its_mean_gradient():
+    activation = torch.rand(2, 3, 4, 4, requires_grad=True)
+    slope = torch.randn(2, 3, 4, 4)
+    heat = pictures.grad_cam((slope * activation).sum(), [activation])
+    weighted = slope.mean((2, 3), keepdim=True) * activation.detach()
+    assert_close(heat, weighted.sum(1, keepdim=True).relu())
+
+
+def test_bars_are_as_long_as_their_shares():
+    shares = (50.0, 25.0, 20.0, 5.0)
+    line = pictures.factor_chart({"a network": shares})[:, 44].T
+    for color, share in zip(pictures.FACTOR_COLORS.values(), shares, strict=True):
+        found = (line == torch.tensor(ImageColor.getrgb(color))).all(1).sum()
+        assert found == pytest.approx(4.4 * share, abs=1)
+
+
+def test_heat_is_shown_from_blue_to_red():
+    shown = pictures.overlay(torch.zeros(1, 3, 1, 3), torch.tensor([[[0.25, 0.5, 0.75]]]))
+    assert shown[0, :, 0].argmax(0).tolist() == [2, 1, 0]
+    assert shown.max() == 0.5
 
 
 def test_intersection_over_union_by_hand():

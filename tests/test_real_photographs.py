@@ -41,7 +41,9 @@ def folder(tmp_path_factory):
     scenes[0].crop((0, 8, 96, 88)).save(root / wnids[3] / "wide.JPG")
     empty.save(root / wnids[3] / "empty, of grass.png")
     scenes[1].convert("RGBA").save(root / wnids[400] / "alpha.png")
-    scenes[2].save(root / wnids[400] / "b.webp")
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down, and to be turned upright
+    scenes[2].rotate(180).save(root / wnids[400] / "b.webp", exif=exif, lossless=True)
     (root / wnids[400] / "c.jpg").write_bytes(b"no photograph")
     scenes[3].convert("L").save(root / wnids[1] / "gray.png")
     wide = scenes[1].convert("L").point(lambda value: 257 * value, "I")
@@ -86,7 +88,8 @@ def whole(command, folder, tmp_path_factory):
 def test_each_picture_has_the_shape_of_its_photograph(whole, folder):
     files, labels = imagenet.photograph_images(folder)
     assert labels.tolist() == [1, 1, 3, 3, 400, 400, 400]
-    photographs = imagenet.Images(files, labels, imagenet.make_transform(False, 64, margin=False))
+    transform = imagenet.make_transform(False, 64, margin=False)
+    photographs = imagenet.Images(files, labels, transform, upright=True)
     rows = read_table(whole / "labels.csv")
     everything = list(range(1000))
     for row in rows:

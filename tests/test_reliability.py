@@ -3,6 +3,7 @@
 The long forms run with `python -m pytest -m soak tests`.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -24,9 +25,9 @@ from PIL import Image
 import train_cgn
 from conftest import ROOT, SMALL_IMAGENET, SOAK, check_kills, contents, load, run, same, start
 from data.checkpoints import Training, find_checkpoint, finite_step, mend_statistics
-from data.imagenet import Images, counterfactual_images, make_transform
+from data.imagenet import Images, counterfactual_images, make_transform, start_worker
 from data.mnist import load_textures
-from data.runs import Log, UserError, claim_folder
+from data.runs import Log, UserError, claim_folder, file_sha256
 
 KILLS = [3, pytest.param(20, marks=SOAK)]
 
@@ -122,6 +123,16 @@ def test_sigterm_finishes_the_step_and_saves(untrained, digits_dir, tmp_path, sc
     assert contents(tmp_path / "cut").keys() < contents(tmp_path / "whole").keys()
     run(script, *flags, "--resume", "--out", tmp_path / "cut")
     assert same(contents(tmp_path / "whole"), contents(tmp_path / "cut"))
+
+
+def test_workers_leave_it_to_the_main_process_to_stop():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        start_worker(0)
+        assert all(signal.getsignal(number) == signal.SIG_IGN for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(tiny, tmp_path):
@@ -276,16 +287,26 @@ def poison(monkeypatch, bad):
 
 @pytest.mark.parametrize("every", [1, 6])
 def test_training_skips_a_bad_step(tiny, tmp_path, monkeypatch, capsys, every):
-    """Told with the next line of the log, whenever that is."""
-    poison(monkeypatch, [3])
-    flags = [*tiny, "--bad-steps", 3, "--log-every", every, "--save-every", every]
+    """Told with the next line of the log, whenever that is. Two that are apart end no run."""
+    poison(monkeypatch, [3, 5])
+    flags = [*tiny, "--bad-steps", 2, "--log-every", every, "--save-every", every]
     train_in_process(monkeypatch, *flags, "--out", tmp_path / "run")
     lines = [json.loads(line) for line in open(tmp_path / "run" / "log.jsonl")]
-    assert [line["step"] for line in lines if "left_out" in line] == [3]
-    assert len(lines) == 6 // every + 1 and lines[-1]["step"] == 6
+    assert [line["step"] for line in lines if "left_out" in line] == [3, 5]
+    assert len(lines) == 6 // every + 2 and lines[-1]["step"] == 6
     assert all(math.isfinite(x) for line in lines if "left_out" not in line for x in line.values())
     assert "step 3 skipped" in capsys.readouterr().err
     check_finite(load(tmp_path / "run" / "checkpoint.pt"), 6)
+
+
+def test_a_line_of_the_log_has_the_mean_of_all_good_steps(tmp_path):
+    settings = dict(resume=None, log_every=3, save_every=9, sample_every=0, bad_steps=9)
+    args = types.SimpleNamespace(**settings)
+    training = Training(tmp_path, args, {}, [], 9, torch.device("cpu"))
+    for loss, skipped in ((1, 0), (math.nan, 1), (5, 0), (2, 0), (4, 0), (6, 0)):
+        training.end_step({"l1": torch.tensor(float(loss))}, torch.tensor(float(skipped)))
+    lines = [json.loads(line) for line in open(tmp_path / "log.jsonl")]
+    assert [line["l1"] for line in lines if "left_out" not in line] == [3, 4]
 
 
 def test_training_gives_up_after_many_bad_steps(tiny, tmp_path, monkeypatch):
@@ -383,6 +404,12 @@ def test_truncated_and_flipped_weights(untrained, tmp_path, count):
             found = outcome(find_checkpoint, tmp_path)  # checksums are compared
             assert found is None or same(found[1], load(untrained))
     assert read > count // 4  # weights.pt of strangers: most flips change a weight a little
+
+
+def test_the_hash_of_a_file_is_that_of_all_its_bytes(tmp_path):
+    content = os.urandom(2**21 + 5)
+    (tmp_path / "file").write_bytes(content)
+    assert file_sha256(tmp_path / "file") == hashlib.sha256(content).hexdigest()
 
 
 def test_files_that_would_run_code_or_fill_the_memory(tmp_path):

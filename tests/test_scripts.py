@@ -24,7 +24,7 @@ from conftest import (
     start,
     write_idx,
 )
-from PIL import Image
+from PIL import Image, ImageColor
 
 import train_classifier
 from data import runs, weights
@@ -195,6 +195,15 @@ def test_bundled_generators(dataset, tmp_path):
         assert 0.03 < digit.mean() < 0.4 and border_loss(digit[:, None]) < 0.1
         assert ((digit < 0.05) | (digit > 0.95)).float().mean() > 0.8
         assert digit.std(0).mean() > 0.05
+    for part, draw in (("objects", cgn.foreground), ("backgrounds", cgn.background)):
+        names = VARIANTS[dataset][part]
+        if names is None or len(set(names)) == 1:  # textures, or black
+            continue
+        palette = torch.tensor([ImageColor.getrgb(name) for name in names]) / 127.5 - 1
+        with torch.no_grad():
+            images = draw(torch.randn(500, 32, generator=torch.Generator().manual_seed(0)), y)
+        colors = images.view(10, 50, 3, -1).mean((1, 3))
+        assert torch.cdist(colors, palette).argmin(1).tolist() == list(range(10))
     run("generate.py", "--dataset", dataset, "--out", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "counterfactuals.png").is_file()
 
@@ -276,6 +285,27 @@ def test_style_loss_in_every_other_step(tmp_path, tiny):
     first, second = logs
     assert None not in first and second[1] is second[3] is None
     assert [second[0], second[2]] == pytest.approx([2 * first[0], 2 * first[2]], rel=0.02)
+
+
+def test_streams_of_random_numbers_stay_as_they_are():
+    """Bundled weights and published results were drawn from them."""
+    assert runs.derived_seed(1, "step", 2) == 1_015_858
+    assert runs.derived_seed(1, "order", 2) == 1_040_095
+    assert runs.derived_seed(1, "classifier order", 2) == 1_000_005
+    assert runs.derived_seed(1, "another", 2) == 66_995_012_649_604_908
+
+
+def test_the_mean_over_ranks_is_no_sum(monkeypatch):
+    monkeypatch.setattr(runs.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(runs.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(runs.distributed, "all_reduce", lambda value: value.mul_(3))
+    assert runs.mean_over_ranks(torch.tensor(5.0)) == 5
+
+
+def test_float32_is_not_cut_to_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert not runs.pick_bf16("off", torch.device("cpu"))
+    assert not torch.backends.cudnn.allow_tf32
 
 
 def test_other_seed_other_weights(tmp_path, tiny):

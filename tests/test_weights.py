@@ -151,6 +151,14 @@ def test_the_weights_outlive_their_file(small):
     assert all(torch.equal(state[name], right[name]) for name in right)
 
 
+def test_half_precision_of_a_state_dict():
+    """Integers stay; numbers above 65504 are refused."""
+    half = weights.to_half({"w": torch.tensor([1.5]), "steps": torch.tensor(70_000)})
+    assert half["w"].dtype == torch.float16 and half["steps"] == 70_000
+    with pytest.raises(UserError, match="w: holds numbers too large"):
+        weights.to_half({"w": torch.tensor([7e4])})
+
+
 def test_half_precision_and_a_common_prefix(tmp_path):
     right = weights.random_vgg16_features(2)
     halves = {}

@@ -241,6 +241,13 @@ def test_a_run_older_than_a_flag_goes_on_as_it_began():
         checkpoints.check_settings("x", {"lr": 0.1}, {"lr": 0.1, "texture_padding": "circular"})
 
 
+def test_what_changes_the_numbers_stays_when_a_run_is_resumed():
+    names = "seed batch_size accumulate lr amp style_weights discriminator train augment arch"
+    for name in names.split():
+        with pytest.raises(runs.UserError, match=f"made with {name} = 1, not 2"):
+            checkpoints.check_settings("x", {name: 1}, {name: 2})
+
+
 def test_a_digit_set_is_made_longer(untrained, tmp_path):
     flags = ["--weights", untrained, "--device", "cpu", "--out"]
     run("generate.py", *flags, tmp_path / "grown", "--n", 30)

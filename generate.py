@@ -317,7 +317,8 @@ def generate_dataset(cgn, args, settings, description, device, real=None):
     dataset = description["dataset"] or "NAME"  # published weights do not say
     words = ["train_classifier.py", "--dataset", dataset]
     if dataset == "images":
-        words += ["--data-dir", "FOLDER", "--image-size", cgn.size]
+        folder = args.data_dir if args.shapes == "real" else "FOLDER"
+        words += ["--data-dir", folder, "--image-size", cgn.size]
     if description["textures"]:
         words += ["--textures", description["textures"]]
     if description["offline"]:

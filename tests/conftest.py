@@ -7,6 +7,7 @@ import random
 import resource
 import runpy
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -62,6 +63,16 @@ def pytest_collection_modifyitems(config, items):
     long = [item for item in items if item.get_closest_marker("soak")]
     config.hook.pytest_deselected(items=long)
     items[:] = [item for item in items if item not in long]
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A loop that ran within a test leaves its StopSignal behind: pytest would not stop either."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 # --------------------------------------------------------------------------------------------------

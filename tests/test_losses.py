@@ -423,7 +423,7 @@ def test_gradient_penalty_of_a_linear_function_is_its_weight(discriminator):
     assert_close(torch.autograd.grad(added, weight)[0], 4 * weight)
 
 
-@pytest.mark.parametrize("name", ["linear", "strided"])
+@pytest.mark.parametrize("name", ["linear", "conv", "strided"])
 def test_a_discriminator_looks_at_the_class(name):
     discriminator = train_cgn.DISCRIMINATORS[name](8).eval()
     x = torch.rand(2, 3, 32, 32)
@@ -480,3 +480,21 @@ def test_generator_losses_act_when_they_should():
     assert_close(found, expected)
     assert losses(False, False)[0].keys() == expected.keys() - {"style"}
     assert losses(True, False)[0].keys() == {"border", "frame"}
+
+
+@pytest.mark.parametrize("discriminator", ["linear", "conv"])
+def test_real_images_are_to_be_1_and_generated_ones_0(discriminator):
+    args = types.SimpleNamespace(adversarial="squares", discriminator=discriminator)
+    y = torch.zeros(2, dtype=torch.int64)
+    real, fake = torch.full((2, 3, 4, 4), 0.75), torch.full((2, 3, 4, 4), 0.5)
+    loss = train_cgn.discriminator_loss(args, Realness(), real, y, fake, y, False)
+    assert loss.item() == (0.25**2 + 0.5**2) / 2
+
+
+def test_frame_loss_compares_the_spread_of_colors_as_well():
+    """A checkerboard has the mean of a plain image, but not its spread."""
+    rows = torch.arange(32)
+    board = torch.where((rows[:, None] + rows) % 2 == 0, 0.5, -0.5).expand(1, 3, 32, 32)
+    plain = torch.zeros(1, 3, 32, 32)
+    assert train_cgn.frame_loss(board, board) < 1e-3
+    assert train_cgn.frame_loss(board, plain).item() == pytest.approx(0.49**2, rel=0.02)

@@ -210,22 +210,6 @@ def test_mean_corruption_error():
         assert found[name, "shape", "mean corruption error"] == pytest.approx(error)
 
 
-def test_background_gap(monkeypatch):
-    hits = {"in9 mixed_same": [[150], [80], [33]], "in9 mixed_rand": [[110], [95], [33]]}
-    tests = {name: ("in9", (name, None)) for name in hits}
-
-    def count(model, heads, kind, test, *rest):
-        return hits[test[0]], COUNT
-
-    monkeypatch.setattr(train_classifier, "count_hits", count)
-    names = ("shape", "texture", "background")
-    rows = train_classifier.evaluate(torch.nn.Identity(), names, tests, None, None)
-    gaps = {row[1]: row[3] for row in rows if row[2] == "background gap"}
-    for index, name in enumerate(names):
-        same, rand = (100 * found[index][0] / COUNT for found in hits.values())
-        assert gaps[name] == pytest.approx(same - rand)
-
-
 def test_no_images_at_all():
     """Counts of zero, and no division by them."""
     logits = torch.empty(0, 3, CLASSES)

@@ -27,7 +27,7 @@ from conftest import (
 from PIL import Image, ImageColor
 
 import train_classifier
-from data import runs, weights
+from data import runs
 from data.mnist import COLORS, VARIANTS
 from train_cgn import PUBLISHED, TUNED, border_loss, load_generator, parse_args
 from train_classifier import random_affine
@@ -269,22 +269,6 @@ def test_published_settings_and_other_discriminators_train(tmp_path, tiny):
         logs[name] = [line["discriminator"] for line in read_log(tmp_path / name)]
     assert logs["strided"][0] != logs["no penalty"][0]  # the penalty acts in steps 0, 8, ...
     assert len({tuple(log) for log in logs.values()}) == 4
-
-
-def test_style_loss_in_every_other_step(tmp_path, tiny):
-    """Logged in the steps that have it, and twice as much."""
-    torch.save(weights.random_vgg16_features(2), tmp_path / "vgg16_features.pth")
-    flags = ["--dataset", "colored_mnist", *tiny, "--weights-dir", tmp_path]
-    flags += "--style-weights 1 0 0 0 --warmup 0 --lr 0 --norm-lr 0".split()
-    flags += "--max-steps 4 --log-every 1".split()
-    logs = []
-    for every in (1, 2):
-        out = tmp_path / str(every)
-        run("train_cgn.py", *flags, "--style-every", every, "--out", out)
-        logs.append([line.get("style") for line in read_log(out)])
-    first, second = logs
-    assert None not in first and second[1] is second[3] is None
-    assert [second[0], second[2]] == pytest.approx([2 * first[0], 2 * first[2]], rel=0.02)
 
 
 def test_streams_of_random_numbers_stay_as_they_are():

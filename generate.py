@@ -7,9 +7,9 @@ This file has two parts, each whole without the other. MNIST variants:
     python generate.py --weights runs/first/weights.pt --n 100000 --out runs/first-cf
     python generate.py --shapes real --n 450000 --out runs/real-cf         # shapes of real digits
 
-A data set is a folder of chunk_00000.pt, chunk_00001.pt, ..., each with `images`, uint8 (n, 3, 32,
-32), and `labels`, uint8 (n, 3): the classes of shape, texture and background. dataset.json is
-written last, when all chunks are there. ImageNet:
+A data set is a folder of chunk_00000.pt, chunk_00001.pt, ..., each with `images`, uint8 (n, 3, S,
+S), S being 32 but for your own images, and `labels`, integers (n, 3): the classes of shape, texture
+and background. dataset.json is written last, when all chunks are there. ImageNet:
 
     python generate.py --dataset imagenet --n 50000 --out runs/counterfactuals   # authors' weights
     python generate.py --dataset imagenet --shape tabby --texture zebra --n 8 --out runs/cats
@@ -112,7 +112,7 @@ class Settings(NamedTuple):
     jitter: float  # standard deviation of the shift of a texture's color, colors from 0 to 1
     factual: bool  # one latent and one class for all three mechanisms
     weights_sha256: str
-    # Older chunks do not tell what follows.
+    # Defaults for chunks that are older than these fields.
     mix: float = 0.0  # standard deviation of the channels' mixing
     images_sha256: str = ""  # of the real images whose shapes are used; empty for generated shapes
 
@@ -127,28 +127,36 @@ class RealShapes(NamedTuple):
     sha256: str  # of all training images
 
 
-def find_real_shapes(args, weights, trained, device):
-    """The shapes of as many biased training images as args.n needs, none of them held out.
+def check_real_shapes(args, file, trained):
+    """The data set whose training images give the shapes. UserError if the flags name others than
+    the generator saw.
 
-    weights, trained: the generator's file and the arguments of its training. Masks that cannot be
-    an object are left out.
+    file, trained: the generator's file and the arguments of its training, {} if it is published.
     """
     dataset = args.dataset or trained.get("dataset")
     if not dataset:
-        raise runs.UserError(f"--shapes real: {weights} does not say its --dataset; give it")
-    if dataset != "wildlife_mnist" and args.textures:
+        raise runs.UserError(f"--shapes real: {file} does not say its --dataset; give it")
+    if args.textures and dataset != "wildlife_mnist":
         raise runs.UserError(f"--textures: {dataset} has none")
-    # Published weights do not say what they were trained with.
-    if trained and bool(trained.get("textures")) != bool(args.textures):
-        told = f"--textures {trained['textures']}" if trained.get("textures") else "no --textures"
+    textures = trained.get("textures")
+    if trained and bool(textures) != bool(args.textures):
+        told = f"--textures {textures}" if textures else "no --textures"
         raise runs.UserError(
-            f"--shapes real: {weights} was trained with {told}; generate with the same"
+            f"--shapes real: {file} was trained with {told}; generate with the same"
         )
-    segmenter = train_cgn.load_segmenter(weights).to(device)
+    return dataset
+
+
+def find_real_shapes(args, file, trained, device):
+    """The shapes of as many biased training images as args.n needs, none of them held out.
+
+    file, trained: see check_real_shapes. Masks that cannot be an object are left out.
+    """
+    dataset = check_real_shapes(args, file, trained)
+    segmenter = train_cgn.load_segmenter(file).to(device)
     data = load_biased_images(args, dataset, trained)
     count = len(data) - data.held_out
     images = data.all_images(args.seed)[:count]
-    labels = data.labels[:count]
     needed = math.ceil((args.n or 1) / args.per_shape)  # a sheet shows some of the first
     masks, good = find_objects(segmenter, images, needed, device)
     if not good.any():
@@ -159,7 +167,7 @@ def find_real_shapes(args, weights, trained, device):
     index = good.nonzero()[:, 0].cpu()
     return RealShapes(
         masks[good],
-        labels[index].to(device),
+        data.labels[index].to(device),
         images[index],
         left_out=int((~good).sum()),
         sha256=hashlib.sha256(images.numpy()).hexdigest(),
@@ -263,22 +271,6 @@ def generate_texture(cgn, mechanism, settings, stream, start, stop):
     return texture.clamp_(-1, 1), y
 
 
-@torch.no_grad()
-def fold_batch_norms(cgn, device):
-    """The generator for inference alone: each BatchNorm within the convolution before it, and bf16
-    where the hardware multiplies it, which moves a pixel in five by one of 256 levels and one in
-    500 by more than four, at the edges of masks. Changed in place.
-    """
-    for mechanism in (cgn.f_shape, cgn.f_text1, cgn.f_text2):
-        for index, layer in enumerate(mechanism):
-            if isinstance(layer, torch.nn.BatchNorm2d):
-                convolution = mechanism[index - 1]
-                mechanism[index - 1] = torch.nn.utils.fuse_conv_bn_eval(convolution, layer)
-                mechanism[index] = torch.nn.Identity()
-    bf16 = runs.pick_bf16("auto", device)
-    return cgn.to(device, torch.bfloat16 if bf16 else torch.float32)
-
-
 def generate_dataset(cgn, args, settings, description, device, real=None):
     """Write the chunks that are missing, then dataset.json. Memory stays that of one chunk.
 
@@ -358,19 +350,15 @@ def write_png_labels(out, names, chunks):
 
 
 def is_there(path, settings):
-    """Whether an intact chunk with these settings is there. One that ends the set too early for
-    --n is made again, longer. UserError for a chunk with other settings.
+    """Whether a chunk with these settings is there. A shorter one, which ended a smaller data set,
+    counts as missing: it is made again. UserError for a chunk with other settings.
     """
-    if not path.is_file():
+    before = read_settings(path)
+    if before is None:
         return False
-    try:
-        content = runs.load_tensors(path) if runs.is_intact_archive(path) else None
-        before = Settings._field_defaults | content["settings"]
-        stop = before["stop"]
-    except (runs.UserError, KeyError, TypeError):
-        print(f"warning: {path} is damaged; made again", file=sys.stderr)
-        return False
-    if before | {"stop": settings["stop"]} != settings:
+    stop = before["stop"]
+    before["stop"] = settings["stop"]
+    if before != settings:
         raise runs.UserError(
             f"--resume: {path} was made with other settings or weights; give the same ones, or "
             "choose another --out"
@@ -380,6 +368,20 @@ def is_there(path, settings):
             f"--n: {path} goes on to image {stop}; give at least as many, or choose another --out"
         )
     return stop == settings["stop"]
+
+
+def read_settings(path):
+    """The settings in a chunk, with "start" and "stop"; None if it is missing or damaged."""
+    if not path.is_file():
+        return None
+    try:
+        if not runs.is_intact_archive(path):
+            raise runs.UserError(f"{path}: its checksums are wrong")
+        settings = runs.load_tensors(path)["settings"]
+        return {**Settings._field_defaults, **settings, "stop": settings["stop"]}
+    except (runs.UserError, KeyError, TypeError):
+        print(f"warning: {path} is damaged; made again", file=sys.stderr)
+        return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -499,7 +501,10 @@ def generate_mnist(args, device):
                 weights_sha256=sha256,
                 images_sha256=real.sha256 if real else "",
             )
-            cgn = fold_batch_norms(cgn, device)
+            # bf16 moves a pixel in five by one of 256 levels, and one in 250 by more than four, at
+            # the edges of masks.
+            bf16 = runs.pick_bf16("auto", device)
+            cgn.to(device, torch.bfloat16 if bf16 else torch.float32)
             generate_dataset(cgn, args, settings, description, device, real)
         elif real:
             images = real.images.to(device)
@@ -850,17 +855,63 @@ def missing_batches(args):
             yield indices, missing
 
 
-def read_ahead(batches, photos, pool):
-    """Yields batches with futures of their photographs, none without `photos`: threads of the pool
-    decode them while the device makes the batch before.
+class Batch(NamedTuple):
+    """A drawn batch. Image `index` is at position index - indices[0]."""
+
+    indices: range  # of all its images
+    missing: list  # of those, the ones to be written
+    y: torch.Tensor  # classes (N, 3)
+    loaded: list  # what load_photograph returned; empty without photographs
+    images: dict  # part -> uint8 (N, 1 or 3, H, W), on the CPU
+
+
+def drawn_batches(cgn, args, allowed, photos, pool, device):
+    """Yields each of this rank's batches as a Batch. Threads of the pool decode the photographs of
+    the next one while the device draws.
     """
-    ready = []
+    z_dim = cgn.f_shape.z_dim
+    parts = [*args.save, "mask"] if photos else args.save
+
+    def draw_batch(z, y, photographs=None):
+        return imagenet_images(cgn, z, y, args.truncation, parts, photographs)
+
+    draw = GraphedStep(draw_batch, [], args.graph == "auto" and device.type == "cuda")
+    for indices, missing, reading in read_ahead(missing_batches(args), photos, pool):
+        z, y = sample_images(args.seed, indices, z_dim, allowed, photos)
+        loaded = [future.result() for future in reading]
+        inputs = [z.to(device), y.to(device)]
+        if photos:
+            inputs.append(stack_photographs(photos, loaded, device))
+        images = {part: values.cpu() for part, values in draw(*inputs).items()}
+        yield Batch(indices, missing, y, loaded, images)
+
+
+def read_ahead(batches, photos, pool):
+    """Yields batches with futures of their photographs, none without `photos`; those of the next
+    batch are begun before one is yielded.
+    """
+    before = None
     for indices, missing in batches:
         reading = [pool.submit(load_photograph, photos, index) for index in indices if photos]
-        ready.append((indices, missing, reading))
-        if len(ready) == 2:
-            yield ready.pop(0)
-    yield from ready
+        if before:
+            yield before
+        before = (indices, missing, reading)
+    if before:
+        yield before
+
+
+def submit_pictures(args, photos, batch, kept, pool):
+    """Let threads write the pictures `kept` of a batch. Returns for each its row of labels.csv and
+    the futures of its files.
+    """
+    pending = []
+    for index in kept:
+        place = index - batch.indices[0]
+        futures = []
+        for part, file in zip(args.save, picture_files(args, index)):
+            futures.append(pool.submit(pictures.save_picture, file, batch.images[part][place]))
+        pending.append((label_row(args, photos, index, batch.y[place].tolist()), futures))
+    return pending
 
 
 def write_pictures(cgn, args, allowed, photos, device):
@@ -880,36 +931,18 @@ def write_pictures(cgn, args, allowed, photos, device):
             write_left_out(args)  # without a line that it cut
     runs.wait_for_ranks()
 
-    parts = [*args.save, "mask"] if photos else args.save
-
-    def draw_batch(z, y, photographs=None):
-        return imagenet_images(cgn, z, y, args.truncation, parts, photographs)
-
-    draw = GraphedStep(draw_batch, [], args.graph == "auto" and device.type == "cuda")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         pending = []
-        for indices, missing, reading in read_ahead(missing_batches(args), photos, pool):
-            z, y = sample_images(args.seed, indices, z_dim, allowed, photos)
-            inputs = [z.to(device), y.to(device)]
-            loaded = [future.result() for future in reading]
-            if photos:
-                inputs.append(stack_photographs(photos, loaded, device))
-            images = draw(*inputs)
-            images = {part: values.cpu() for part, values in images.items()}
-            finish_pictures(args, pending)  # the batch before, written meanwhile
+        for batch in drawn_batches(cgn, args, allowed, photos, pool, device):
+            finish_pictures(args, pending)  # of the batch before, written meanwhile
             pending = []
-            first = indices[0]
+            kept = batch.missing
             if photos:
-                missing = leave_out(args, photos, first, missing, loaded, images["mask"])
-            for index in missing:
-                futures = []
-                for part, file in zip(args.save, picture_files(args, index)):
-                    picture = images[part][index - first]
-                    futures.append(pool.submit(pictures.save_picture, file, picture))
-                row = label_row(args, photos, index, y[index - first].tolist())
-                pending.append((row, futures))
+                first = batch.indices[0]
+                kept = leave_out(args, photos, first, kept, batch.loaded, batch.images["mask"])
+            pending = submit_pictures(args, photos, batch, kept, pool)
             if runs.is_main_rank():
-                done = min(indices[-1] + 1, args.start + args.n) - args.start
+                done = min(batch.indices[-1] + 1, args.start + args.n) - args.start
                 print(f"\r{done}/{args.n} images", end="", flush=True)
             if stop:
                 break

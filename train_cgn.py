@@ -319,6 +319,13 @@ class MnistCGN(nn.Module):
         mask_gain=1.0,
     ):
         super().__init__()
+        self.config = {  # makes another of the same shape: MnistCGN(**config)
+            "ngf": ngf,
+            "names": names,
+            "size": size,
+            "texture_padding": texture_padding,
+            "mask_gain": mask_gain,
+        }
         self.names = names  # of the classes
         self.size = size
         self.texture_padding = texture_padding
@@ -519,7 +526,7 @@ def load_generator(path, *, raw=False):
     state = content.get("generator" if raw else "average", content)
     args = content.get("args", {})
     args = args if isinstance(args, dict) else {}
-    names = list(args.get("class_counts", mnist.NAMES))  # the former with --dataset images
+    names = list(args.get("class_counts", mnist.NAMES))  # --dataset images counts its classes
     cgn = MnistCGN(
         names=names,
         size=args.get("image_size", 32),
@@ -803,10 +810,11 @@ def mnist_flags(parser, variant, preset):
     )
 
     parser.set_defaults(ema=0.999, batch_size=32, log_every=100, sample_every=1000, save_every=1000)
-    parser.set_defaults(**TUNED[variant])
+    # A variant of your own begins with the settings of wildlife MNIST.
+    parser.set_defaults(**TUNED.get(variant, TUNED["wildlife_mnist"]))
     if preset == "published":
         parser.set_defaults(**PUBLISHED_COMMON)
-        parser.set_defaults(**PUBLISHED[variant])
+        parser.set_defaults(**PUBLISHED.get(variant, PUBLISHED["wildlife_mnist"]))
     return length, new
 
 
@@ -823,8 +831,11 @@ def check_mnist_flags(parser, args, length, new):
         parser.error("--max-steps 0: trains the segmenter of --weights alone; give them")
     if args.offline and args.dataset != "images" and args.data_dir != runs.DOWNLOADS:
         parser.error("--data-dir: has no meaning with --offline, whose digits are synthetic")
+    settles = args.border_weight and args.frame_weight  # the losses that act during warm-up
     if args.warmup is None:
-        args.warmup = 0 if args.weights else WARMUP
+        args.warmup = 0 if args.weights or not settles else WARMUP
+    elif args.warmup and not settles:
+        parser.error("--warmup: needs --border-weight and --frame-weight, which act in it")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -869,6 +880,29 @@ def load_training_images(args, device):
             device=device,
         )
     return data
+
+
+def start_generator(args, data):
+    """The MnistCGN that training begins with: new, or of --weights, whose settings args get."""
+    if not args.weights:
+        return MnistCGN(
+            init=args.init,
+            init_gain=args.init_gain,
+            init_shape=args.init_shape,
+            names=data.names,
+            size=data.size,
+            texture_padding=args.texture_padding,
+            mask_gain=args.mask_gain,
+        )
+    cgn, _ = load_generator(args.weights)
+    if (cgn.size, cgn.names) != (data.size, data.names):
+        raise runs.UserError(
+            f"--weights {args.weights}: of {len(cgn.names)} classes at {cgn.size} x {cgn.size} "
+            f"pixels ({', '.join(cgn.names[:10])}), not those of the training images"
+        )
+    args.texture_padding = cgn.texture_padding
+    args.mask_gain = cgn.mask_gain
+    return cgn.train()
 
 
 def count_steps(args, steps_per_epoch):
@@ -952,9 +986,7 @@ def train_mnist(args, device):
             f"--batch-size {args.batch_size}: larger than the {len(data)} training images"
         )
     last_step = count_steps(args, steps_per_epoch)
-    # Without both of the losses that act during warm-up there is nothing to warm up with.
-    warmup = args.warmup if args.border_weight and args.frame_weight else 0
-    if 0 < last_step <= warmup:
+    if 0 < last_step <= args.warmup:
         print(
             f"warning: all {last_step} steps are warm-up, in which no shape is learned; give more "
             "steps, or --warmup 0",
@@ -963,36 +995,9 @@ def train_mnist(args, device):
 
     # Networks
     vgg = load_vgg(args, device, bf16, args.style_weights) if last_step else None
-    if args.weights:
-        cgn, _ = load_generator(args.weights)
-        cgn.train()
-        args.texture_padding = cgn.texture_padding
-        args.mask_gain = cgn.mask_gain
-        if (cgn.size, cgn.names) != (data.size, data.names):
-            raise runs.UserError(
-                f"--weights {args.weights}: of {len(cgn.names)} classes at {cgn.size} x {cgn.size} "
-                f"pixels ({', '.join(cgn.names[:10])}), not those of the training images"
-            )
-    else:
-        cgn = MnistCGN(
-            32,
-            args.init,
-            args.init_gain,
-            args.init_shape,
-            data.names,
-            data.size,
-            args.texture_padding,
-            args.mask_gain,
-        )
-    average = MnistCGN(
-        names=data.names,
-        size=data.size,
-        texture_padding=args.texture_padding,
-        mask_gain=args.mask_gain,
-    ).requires_grad_(False)
+    cgn = start_generator(args, data).to(device)
+    average = MnistCGN(**cgn.config).requires_grad_(False).to(device)
     average.load_state_dict(cgn.state_dict())
-    cgn.to(device)
-    average.to(device)
     discriminator = DISCRIMINATORS[args.discriminator](args.ndf, len(data.names), data.size)
     discriminator.to(device, memory_format=torch.channels_last)
 
@@ -1023,7 +1028,7 @@ def train_mnist(args, device):
     for step in range(training.step, last_step):
         # Every step seeds its own random numbers, so that a resumed run draws the same.
         torch.manual_seed(runs.derived_seed(args.seed, "step", step))
-        warming_up = step < warmup
+        warming_up = step < args.warmup
         style = any(args.style_weights) and step % args.style_every == 0 and not warming_up
         penalty = args.r1 > 0 and step % PENALTY_EVERY == 0 and not warming_up
         # 1, then in a straight line to 0 over the last part of the steps.
@@ -1060,7 +1065,7 @@ def train_mnist(args, device):
 
 @torch.no_grad()
 def segmenter_pairs(cgn, n, generator=None):
-    """Images (n, 3, 32, 32) in [-1, 1] and their masks (n, 1, 32, 32), of a trained generator.
+    """Images (n, 3, S, S) in [-1, 1] and their masks (n, 1, S, S), of a trained generator.
 
     One latent and one class for all mechanisms, as in the biased images that are to be segmented;
     colors are shifted a little more than theirs vary. generator: on the device of cgn, or None for
@@ -1723,29 +1728,32 @@ def to_float32(value):
     return value.float() if value.is_floating_point() else value
 
 
-def load_frozen_networks(args, expected, given):
-    """State dicts "biggan" and "u2net" of the cGAN and of U^2-Net.
+def load_cgan_and_u2net(args, given):
+    """State dicts of the BigGAN that the four begin as, and of U^2-Net.
 
-    expected: an ImageNetCGN. given: the one of --weights, whose U^2-Net is taken, or None.
+    given: the generator of --weights, which brings its U^2-Net, or None.
     """
-    states = {}
     small = args.preset == "small"
+    with torch.device("meta"):  # what their files should hold
+        empty_biggan = BigGAN(**(SMALL if small else {}))
+        empty_u2net = U2Net(small)
+    biggan = u2net = None
     if small:
-        states = runs.load_tensors(SMALL_WEIGHTS)
+        bundled = runs.load_tensors(SMALL_WEIGHTS)
+        biggan, u2net = bundled["biggan"], bundled["u2net"]
     elif args.offline:
-        states["biggan"], states["u2net"] = random_networks({}, small, seed=1)
-    if args.biggan or not (small or args.offline):
-        states["biggan"] = weights.load_network(
-            download.FILES["biggan"], args.weights_dir, args.biggan, expected.f_shape.state_dict()
-        )
+        biggan, u2net = random_networks({}, small_u2net=False, seed=1)
+    if args.biggan or biggan is None:
+        entry = download.FILES["biggan"]
+        expected = empty_biggan.state_dict()
+        biggan = weights.load_network(entry, args.weights_dir, args.biggan, expected)
     if given:
-        states["u2net"] = given.u2net.state_dict()
+        u2net = given.u2net.state_dict()
     elif args.u2net or not args.offline:
-        file = download.FILES["u2netp" if small else "u2net"]
-        states["u2net"] = weights.load_network(
-            file, args.weights_dir, args.u2net, expected.u2net.state_dict()
-        )
-    return states
+        entry = download.FILES["u2netp" if small else "u2net"]
+        expected = empty_u2net.state_dict()
+        u2net = weights.load_network(entry, args.weights_dir, args.u2net, expected)
+    return biggan, u2net
 
 
 def load_imagenet_networks(args):
@@ -1757,19 +1765,18 @@ def load_imagenet_networks(args):
     config = SMALL if small else {}
     given = None
     if args.weights:
-        given, trained = load_imagenet_generator(args.weights)
-        if (trained.get("preset") == "small") != small:
+        given, arguments = load_imagenet_generator(args.weights)
+        if (arguments.get("preset") == "small") != small:
             raise runs.UserError(f"--weights {args.weights}: of another --preset")
+    biggan, u2net = load_cgan_and_u2net(args, given)
     with torch.device("meta"):
         cgn = ImageNetCGN(small, **config)
         average = ImageNetCGN(small, cgan=False, **config)
-    states = load_frozen_networks(args, cgn, given)
     for network in (cgn, average):
-        state = {}
-        for name, _ in network.named_children():
-            part = states["u2net" if name == "u2net" else "biggan"]
-            state |= {f"{name}.{key}": to_float32(value).clone() for key, value in part.items()}
-        network.load_state_dict(state, assign=True)
+        for name, part in network.named_children():
+            state = u2net if name == "u2net" else biggan
+            copied = {key: to_float32(value).clone() for key, value in state.items()}
+            part.load_state_dict(copied, assign=True)
     if given:
         cgn.load_state_dict(given.state_dict(), strict=False)  # all but the cGAN
         average = given
@@ -1971,14 +1978,14 @@ def train_imagenet(args, device):
     vgg_weights = [max(pair) for pair in zip(args.style_weights, args.texture_weights)]
     vgg = load_vgg(args, device, bf16, vgg_weights)
     cgn, average = load_imagenet_networks(args)
-    # The average keeps a U^2-Net as published, to be saved in weights.pt.
+    # cgn's U^2-Net is folded below, for speed; weights.pt holds the average's, as published.
     u2net_before = copy.deepcopy(average.u2net.state_dict())
     fold(cgn.biggan_GT.eval(), args.truncation).to(dtype)
     fold(cgn.u2net.eval()).to(dtype)
     # Convolutions of images that are channels last want their weights so, too.
     cgn.to(device, memory_format=torch.channels_last).train()
     average.to(device).requires_grad_(False).eval()
-    for module in cgn.modules():
+    for module in [*cgn.modules(), *average.modules()]:
         if hasattr(module, "kernels"):
             module.kernels = args.kernels
     for mechanism in (cgn.f_shape, cgn.f_text, cgn.f_bg):

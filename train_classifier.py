@@ -61,7 +61,8 @@ def shared_flags(parser):
         help="Grad-CAM heat maps of N test images",
     )
     run.add_argument(
-        "--seed", type=runs.non_negative_int, default=0, help="of the data: colors, crops, tests"
+        "--seed", type=runs.non_negative_int, default=0,
+        help="of the data: colors, crops, tests; on ImageNet also of the heads and of dropout",
     )
     run.add_argument(
         "--device", default="auto", help="cpu, cuda, cuda:1, ...; auto: a GPU if there is one"
@@ -206,7 +207,7 @@ def make_classifier(args, data):
     else:
         classifier = TorchvisionClassifier(args.arch, classes)
         images = torch.zeros(min(args.batch_size, 2), 3, size, size)
-        try:  # a copy, in training: there some return a tuple
+        try:  # a copy, in training mode: there some networks return a tuple
             copy.deepcopy(classifier).train()(images)
         except (RuntimeError, AssertionError, ValueError, TypeError, AttributeError) as error:
             raise runs.UserError(
@@ -493,7 +494,7 @@ def classifier_step(args, training, bf16, images, labels):
     classifier = training.networks["classifier"]
     color_head = training.networks["color_head"]
     (optimizer,) = training.optimizers
-    x = mnist.to_float(images)  # (N, 3, 32, 32) in [-1, 1]
+    x = mnist.to_float(images)  # (N, 3, S, S) in [-1, 1]
     if args.augment:
         x = random_affine(x, args.augment)
     if args.method == "irm":
@@ -521,6 +522,36 @@ def classifier_step(args, training, bf16, images, labels):
     return {"loss": loss, "skipped": skipped}
 
 
+def count_images_of_turn(args):
+    """How many training images a turn takes: all of them but for a last batch of one image, which
+    some networks of torchvision cannot normalize.
+    """
+    count = args.training_images
+    if getattr(args, "arch", "digits") != "digits" and count > 1 and count % args.batch_size == 1:
+        count -= 1
+    return count
+
+
+def digit_batches(args, seed, data, epoch, steps_per_epoch, first, device):
+    """Yields the batches of an epoch from its step `first` on, without end: images, uint8
+    (N, 3, S, S), and labels (N,).
+
+    A turn takes all training images once, in random order. An epoch begins with a new turn.
+    """
+    count = count_images_of_turn(args)
+    steps_per_turn = math.ceil(count / args.batch_size)
+    turn = epoch * math.ceil(steps_per_epoch / steps_per_turn) + first // steps_per_turn
+    position = first % steps_per_turn
+    while True:
+        images, labels = training_images(args, data, turn)
+        shuffle = runs.seeded_generator(seed, "classifier order", turn)
+        order = torch.randperm(len(labels), generator=shuffle)[:count].to(device)
+        for index in order.split(args.batch_size)[position:]:
+            yield images.index_select(0, index), labels[index]
+        turn += 1
+        position = 0
+
+
 def train_digits(args, seed, out, data, device, stop):
     """Train one classifier from its own seed. Returns its metrics."""
     torch.manual_seed(seed)
@@ -531,13 +562,7 @@ def train_digits(args, seed, out, data, device, stop):
     parameters = [*classifier.parameters(), *color_head.parameters()]
     optimizer = torch.optim.Adadelta(parameters, lr=args.lr)
 
-    batch_size = args.batch_size
-    count = args.training_images
-    if getattr(args, "arch", "digits") != "digits" and count > 1 and count % batch_size == 1:
-        count -= 1  # a last batch of one: some networks of torchvision cannot normalize it
-    steps_per_turn = math.ceil(count / batch_size)  # a turn takes all images once
-    steps_per_epoch = args.epoch_steps or steps_per_turn
-    turns_per_epoch = math.ceil(steps_per_epoch / steps_per_turn)
+    steps_per_epoch = args.epoch_steps or math.ceil(count_images_of_turn(args) / args.batch_size)
     last_step = min(args.epochs * steps_per_epoch, args.max_steps or math.inf)
     training = checkpoints.Training(
         out,
@@ -555,32 +580,19 @@ def train_digits(args, seed, out, data, device, stop):
     function = functools.partial(classifier_step, args, training, bf16)
     graphed = args.graph == "auto" and device.type == "cuda"
     train_step = GraphedStep(function, training.optimizers, graphed)
-    turn = None
     for epoch in range(extra["epoch"], math.ceil(last_step / steps_per_epoch)):
         set_rate(optimizer.param_groups[0], args.lr * args.gamma**epoch)
         first_step = epoch * steps_per_epoch
+        steps = range(training.step - first_step, min(steps_per_epoch, last_step - first_step))
         classifier.train()
-
-        for step in range(training.step, min(first_step + steps_per_epoch, last_step)):
-            # Data
-            step_of_epoch = step - first_step
-            turn_of_epoch, position = divmod(step_of_epoch, steps_per_turn)
-            if turn != epoch * turns_per_epoch + turn_of_epoch:
-                turn = epoch * turns_per_epoch + turn_of_epoch
-                images, labels = training_images(args, data, turn)
-                shuffle = runs.seeded_generator(seed, "classifier order", turn)
-                order = torch.randperm(len(labels), generator=shuffle)[:count].to(device)
-            index = order[position * batch_size : (position + 1) * batch_size]
+        batches = digit_batches(args, seed, data, epoch, steps_per_epoch, steps.start, device)
+        for step_of_epoch, (images, labels) in zip(steps, batches):
             # Every step seeds its own random numbers, so that a resumed run draws the same.
-            key = step_of_epoch * batch_size
+            key = step_of_epoch * args.batch_size
             torch.manual_seed(runs.derived_seed(1_000 * seed + epoch, "step", key))
-
-            # Classifier
-            results = train_step(images.index_select(0, index), labels[index])
+            results = train_step(images, labels)
             skipped = results.pop("skipped")
-
-            # Log, checkpoint, stop
-            training.end_step(results, skipped)
+            training.end_step(results, skipped)  # log, checkpoint, stop
 
         # An epoch that --max-steps cuts does not count as one: it may be resumed.
         whole = training.step == first_step + steps_per_epoch
@@ -602,16 +614,12 @@ def finish_epoch(args, seed, training, data, epoch, whole):
     words = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     print(f"seed {seed}  epoch {epoch + 1}/{args.epochs}  {words}", flush=True)
 
+    extra["metrics"] = metrics
     # Chosen without a look at the test digits: that would be selecting on what is measured.
     score = metrics["test" if args.dataset == "images" else "biased"]
-    if score > extra["best"] and (whole or extra["best"] < 0):
+    if training.end_epoch(epoch, whole, score):
         runs.save_tensors(training.out / "weights_best.pt", classifier.state_dict())
     runs.save_tensors(training.out / "weights.pt", classifier.state_dict())
-    extra["metrics"] = metrics
-    if whole:
-        extra["epoch"] = epoch + 1
-        extra["sums"].zero_()
-        extra["best"] = max(extra["best"], score)
     training.save()
 
 
@@ -649,7 +657,9 @@ def summarize(args, results):
     summary = {}
     names = [name for name in next(iter(results.values())) if name != "loss"]
     for name in names:
-        values = torch.tensor([metrics[name] for metrics in results.values()], dtype=torch.float64)
+        # A seed that was trained before there was a metric does not have it.
+        values = [metrics[name] for metrics in results.values() if name in metrics]
+        values = torch.tensor(values, dtype=torch.float64)
         mean = values.mean().item()
         deviation = values.std(correction=len(values) > 1).item()
         summary[name] = {"mean": mean, "std": deviation}
@@ -980,14 +990,11 @@ def imagenet9_hits(logits, labels):
     return (predictions == labels[:, None]).sum(0)[:, None]
 
 
-@torch.inference_mode()
-def count_hits(model, heads, kind, test, hits, args, device):
-    """The sum of `hits` over a test (paths, labels), and how many images it has.
-
-    With --classes, the logits of all others are as low as can be.
+def batches_of_test(kind, test, args, device):
+    """Yields this rank's share of a test (paths, labels), in batches as the network wants them:
+    images (n, 3, S, S) and labels.
     """
     rank, world_size = runs.rank_and_world_size()
-    bf16 = runs.pick_bf16(args.amp, device)
     paths, labels = test
     # ImageNet-9 and Cue-Conflict come ready cropped, as do the images of ImageNet-C.
     cropped = kind in ("conflict", "in9") or imagenet.come_cropped(paths)
@@ -998,22 +1005,33 @@ def count_hits(model, heads, kind, test, hits, args, device):
     images = imagenet.Images(paths, labels, transform)
     share = range(rank, len(images), world_size)
     batch_size = args.batch_size // world_size
-    classes = imagenet.class_indices(args.classes) if args.classes else None
-    sums = 0
-    count = 0
     for pixels, truth in imagenet.batches(images, share, batch_size, args.workers, device):
+        yield imagenet.normalized(pixels, *statistics), truth
+
+
+@torch.inference_mode()
+def count_hits(model, heads, kind, test, hits, args, device):
+    """The sum of `hits` over a test (paths, labels), and how many images it has.
+
+    With --classes, the logits of all others are as low as can be.
+    """
+    bf16 = runs.pick_bf16(args.amp, device)
+    classes = imagenet.class_indices(args.classes) if args.classes else None
+    # Of no images: zeros of the right shape, also on a rank that has none.
+    nothing = torch.empty(0, heads, 1000, device=device)
+    sums = hits(nothing, test[1][:0].to(device))
+    count = 0
+    for x, truth in batches_of_test(kind, test, args, device):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            logits = model(imagenet.normalized(pixels, *statistics)).float()
+            logits = model(x).float()
         if logits.ndim == 2:
             logits = logits[:, None]
         if classes:
             logits = only_classes(logits, classes)
         sums = sums + hits(logits, truth)
-        count += len(pixels)
-    if not count:  # a rank without images: zeros of the right shape
-        sums = hits(torch.empty(0, heads, 1000, device=device), labels[:0].to(device))
+        count += len(x)
     total = torch.cat([sums.flatten(), sums.new_tensor([count])]).double()
-    total = (world_size * runs.mean_over_ranks(total)).round().long()
+    total = runs.sum_over_ranks(total).round().long()
     return total[:-1].view(sums.shape).tolist(), int(total[-1])
 
 
@@ -1068,24 +1086,24 @@ def corruption_rows(rows, tests):
     baseline, of its mean corruption error: of errors summed over severities, as a share of the
     baseline's, the mean over corruptions (Hendrycks & Dietterich 2019, section 3.4).
     """
-    errors = {}  # set, head -> corruption -> errors in percent, one for each severity
-    for test, head, measure, share, _, _ in rows:
-        if tests.get(test, [""])[0] == "corruption" and measure == "top-1":
+    errors = {}  # (set, head) -> corruption -> errors in percent, one for each severity
+    for test, head, measure, accuracy, _, _ in rows:
+        if measure == "top-1" and test in tests and tests[test][0] == "corruption":
             name, corruption, _ = test.rsplit("/", 2)
             of_head = errors.setdefault((name, head), {})
-            of_head.setdefault(corruption, []).append(100 - share)
+            of_head.setdefault(corruption, []).append(100 - accuracy)
     added = []
     for (name, head), of_head in errors.items():
         every = sum(of_head.values(), [])
         added.append((name, head, "mean top-1", 100 - sum(every) / len(every), None, None))
         baseline = errors.get((name, "baseline"))
-        if baseline and head != "baseline":
-            shares = [
-                sum(of_head[corruption]) / max(sum(baseline[corruption]), 1e-9)
-                for corruption in of_head
-            ]
-            error = 100 * sum(shares) / len(shares)
-            added.append((name, head, "mean corruption error", error, None, None))
+        if baseline is None or head == "baseline":
+            continue
+        shares = []
+        for corruption, of_severities in of_head.items():
+            shares.append(sum(of_severities) / max(sum(baseline[corruption]), 1e-9))
+        error = 100 * sum(shares) / len(shares)
+        added.append((name, head, "mean corruption error", error, None, None))
     return added
 
 
@@ -1280,33 +1298,36 @@ def train_ensemble(args, ensemble, tests, real, counterfactual, device):
             rate = optimizer.param_groups[0]["lr"]
             training.end_step({"loss": loss, "lr": rate}, skipped)
 
-        # Test
         training.save()  # evaluating takes time, and a kill may come
         rows = evaluate(ensemble, PREDICTIONS, tests, args, device)
-        measured = {row[:3]: row[3] for row in rows}
-        accuracy = measured.get(("val", "mean", "top-1"), 0.0)
-        loss_sum, good_steps = runs.mean_over_ranks(extra["sums"].clone()).tolist()
-        mean_loss = loss_sum / max(good_steps, 1)
-        if rank == 0:
-            metrics = {" ".join(names): value for names, value in measured.items()}
-            training.log.write(training.step, epoch=epoch + 1, epoch_loss=mean_loss, **metrics)
-            print(
-                f"epoch {epoch + 1}/{args.epochs}  loss {mean_loss:.4g}  val top-1 {accuracy:.2f}",
-                flush=True,
-            )
         # An epoch that --max-steps cuts does not count as one: it may be resumed.
-        whole = steps == steps_per_epoch
-        better = accuracy > extra["best"] and (whole or extra["best"] < 0)
-        if whole:
-            extra["epoch"] = epoch + 1
-            extra["sums"].zero_()
-            extra["best"] = max(extra["best"], accuracy)
-        if better:
-            training.save_weights("weights_best.pt", training.content())
-        training.save()
+        finish_ensemble_epoch(args, training, rows, epoch, whole=steps == steps_per_epoch)
     if rows is None:  # resumed when all was done
         rows = evaluate(ensemble, PREDICTIONS, tests, args, device)
     return rows
+
+
+def finish_ensemble_epoch(args, training, rows, epoch, whole):
+    """Log an epoch's loss and its rows; keep the weights if they are the best on `val`.
+
+    whole: whether all steps of the epoch, counted from 0, were taken.
+    """
+    extra = training.extra
+    measured = {row[:3]: row[3] for row in rows}
+    accuracy = measured.get(("val", "mean", "top-1"), 0.0)
+    loss_sum, good_steps = runs.mean_over_ranks(extra["sums"]).tolist()
+    mean_loss = loss_sum / max(good_steps, 1)
+    if runs.is_main_rank():
+        metrics = {" ".join(names): value for names, value in measured.items()}
+        training.log.write(training.step, epoch=epoch + 1, epoch_loss=mean_loss, **metrics)
+        print(
+            f"epoch {epoch + 1}/{args.epochs}  loss {mean_loss:.4g}  val top-1 {accuracy:.2f}",
+            flush=True,
+        )
+    better = training.end_epoch(epoch, whole, accuracy)
+    if better:
+        training.save_weights("weights_best.pt", training.content())
+    training.save()
 
 
 def check_batch_sizes(args):

@@ -13,7 +13,8 @@ import torch
 
 from data import pictures, runs, weights
 
-# Networks that are not trained: they come from files of their own, or lie in the moving average.
+# Networks that are not trained, and not saved with the generator: the cGAN is loaded again from its
+# file, U^2-Net is saved with the moving average.
 FROZEN = ("biggan_GT.", "u2net.")
 
 # Arguments that may change when a run is resumed, in all scripts.
@@ -26,7 +27,7 @@ FREE = frozenset(
     " counterfactual cf_test baseline cue_conflict imagenet9 in9_normalization ood"
     " n start interpolate to frames".split()
 )
-# What runs did before there was a flag, if that is not what its default says.
+# Values to assume for runs that are older than these flags.
 FORMER = {"texture_padding": "zeros", "mask_gain": 1.0, "shapes": "generated"}
 
 
@@ -180,6 +181,20 @@ class Training:
         if not 0.02 < mask_mean < 0.98:
             print(f"warning: the mean mask is {mask_mean:.3f}: it has collapsed", file=sys.stderr)
 
+    def end_epoch(self, epoch, whole, score):
+        """Count an epoch (from 0) and its score in `extra`. Returns whether its weights are the
+        best so far.
+
+        whole: whether all its steps were taken. One that was cut is not counted: it may be resumed.
+        """
+        extra = self.extra
+        better = score > extra["best"] and (whole or extra["best"] < 0)
+        if whole:
+            extra["epoch"] = epoch + 1
+            extra["sums"].zero_()
+            extra["best"] = max(extra["best"], score)
+        return better
+
     def save_sheet(self, path):
         """Draw a sheet and write it."""
         if runs.is_main_rank():
@@ -226,7 +241,7 @@ class Training:
         content["step"] = self.step
         for name, value in self.extra.items():
             if isinstance(value, torch.Tensor):
-                value = runs.mean_over_ranks(value.clone())
+                value = runs.mean_over_ranks(value)
             content[name] = value
         return content
 

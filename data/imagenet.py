@@ -414,8 +414,8 @@ def augmentation_seed(seed, epoch, index):
 def read_image(path, upright=False):
     """An image file as uint8 (3, H, W). None if it is damaged, far too large or not there.
 
-    upright: turn a photograph as its camera says, which ImageNet's protocols do not. Of an
-    animation, the first picture.
+    upright: turn a photograph by its EXIF orientation, which ImageNet's protocols do not. Of an
+    animation, the first frame.
     """
     try:
         with Image.open(path) as image:

@@ -145,13 +145,10 @@ def segmentation_sheet(cgn, images, masks, labels, count=4):
     device = labels.device
     generator = torch.Generator().manual_seed(0)
     y = shown_classes(cgn)
-    order = labels.argsort(stable=True)
-    first = torch.searchsorted(labels[order], y)
-    counts = labels.bincount(minlength=len(cgn.names))[y]
+    chosen = first_of_classes(labels, y, count)
     columns = []
     for column in range(count):
-        place = first + column % counts.clamp(min=1)  # again from the first if there are few
-        index = order[place.clamp(max=len(order) - 1)]
+        index = chosen[:, column]
         z = torch.randn(2, len(y), cgn.z_dim, generator=generator).to(device)
         offsets = torch.randint(cgn.size, (2, len(y), 2), generator=generator).to(device)
         foreground = cgn.foreground(z[0], (y + 3 + column) % len(cgn.names))
@@ -164,6 +161,19 @@ def segmentation_sheet(cgn, images, masks, labels, count=4):
     titles = ["image", "mask", "counterfact."]
     rows = [cgn.names[label] for label in y.tolist()]
     return tile_sheet(torch.stack(columns, 1), count * titles, rows, sheet_scale(cgn.size))
+
+
+def first_of_classes(labels, y, count):
+    """Indices (len(y), count) of the first images of each class in y; a class of fewer images has
+    them again from the first, and one of none has some image.
+    """
+    rows = []
+    for label in y:
+        of_class = (labels == label).nonzero()[:, 0]
+        if not len(of_class):
+            of_class = labels.new_zeros(1)
+        rows.append(of_class[torch.arange(count, device=labels.device) % len(of_class)])
+    return torch.stack(rows)
 
 
 @torch.no_grad()

@@ -296,7 +296,7 @@ def pick_bf16(amp, device):
 
 def derived_seed(*key):
     """The seed of one random stream of a run, from the run's seed, the stream's name and the index
-    of a step, an epoch or an image in it. All derived seeds come from here.
+    of a step, an epoch or an image in it.
 
     A stream that is seeded at each index draws the same after an interruption, on several ranks and
     with another batch size. The formulas of three streams are older than the hash; they stay, so
@@ -356,12 +356,18 @@ def wait_for_ranks():
         distributed.barrier()
 
 
-def mean_over_ranks(value):
-    """The mean of a tensor over all ranks."""
+def sum_over_ranks(value):
+    """The sum of a tensor over all ranks; the tensor itself stays as it is."""
     if distributed.is_initialized():
+        value = value.clone()
         distributed.all_reduce(value)
-        value = value / distributed.get_world_size()
     return value
+
+
+def mean_over_ranks(value):
+    """The mean of a tensor over all ranks; the tensor itself stays as it is."""
+    _, world_size = rank_and_world_size()
+    return value if world_size == 1 else sum_over_ranks(value) / world_size
 
 
 def any_across_ranks(flag, device):

@@ -66,7 +66,7 @@ class GraphedStep:
         """The graph, the tensors it reads, and the names and values of what it computes."""
         static_inputs = [x.clone() for x in inputs]
         graph = torch.cuda.CUDAGraph()
-        # Other threads may go on meanwhile, as NCCL's, which asks after its own work.
+        # Other threads may call CUDA meanwhile: NCCL's watchdog asks for its events.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             results = self.function(*static_inputs, **kind)
         return graph, static_inputs, list(results), list(results.values())

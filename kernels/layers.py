@@ -26,8 +26,8 @@ def without_autocast(x):
 class ChannelsLastGradient(torch.autograd.Function):
     """x (N, C, H, W) itself, whose gradient is made channels last.
 
-    On a CPU the derivative of a channels-last operation is slow for a gradient with gaps, as of a
-    part of what torch.cat joins, or in another order, as InstanceNorm's: that of enlargement takes
+    On a CPU the derivative of a channels-last operation is slow if its gradient is a slice, such as
+    torch.cat gives back, or in another layout, such as InstanceNorm's: that of enlargement takes
     ten times as long, that of a LeakyReLU thirty times.
     """
 

@@ -11,9 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+import generate
 import train_cgn
+import train_classifier
 from conftest import SMALL_IMAGENET, load, run
-from data import imagenet, runs, weights
+from data import imagenet, mnist, runs, weights
 
 SCRIPTS = ["train_cgn", "generate", "train_classifier"]
 WRONG = ["", " ", "x", "-1", "-0.5", "nan", "inf", "-inf", "1e400", "9" * 30, "9" * 5_000]
@@ -228,6 +230,16 @@ def changed_value(action):
     return ["7"] * repeats
 
 
+def test_a_variant_needs_no_settings_of_its_own(monkeypatch, tmp_path):
+    """A new row of VARIANTS is enough for all three scripts."""
+    monkeypatch.setitem(mnist.VARIANTS, "striped_mnist", mnist.VARIANTS["colored_mnist"])
+    for preset in ([], ["--preset", "published"]):
+        args = train_cgn.parse_args(["--dataset", "striped_mnist", "--out", str(tmp_path), *preset])
+        assert args.style_weights
+    for module in (generate, train_classifier):
+        assert module.parse_args(["--dataset", "striped_mnist", "--out", str(tmp_path)])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_every_flag_is_used_or_refused(mode, small_world, tmp_path, monkeypatch, capsys):
     """A flag that a mode accepts is read in a run of that mode; any other is refused there."""
@@ -280,9 +292,9 @@ RUNS = """
 . train_cgn TINY --init-gain 0
 . train_cgn TINY --init kaiming --init-gain 1e30
 . train_cgn TINY --binary-weight 1e30
-. train_cgn TINY --binary-weight 0 --border-weight 0 --frame-weight 0 --warmup 2147483647
+. train_cgn TINY --binary-weight 0 --border-weight 0 --frame-weight 0 --warmup 0
 . train_cgn TINY --warmup 2147483647
-. train_cgn TINY --frame-weight 0
+. train_cgn TINY --frame-weight 0 --warmup 0
 . train_cgn TINY --ndf 1 --discriminator conv
 . train_cgn TINY --ndf 1 --discriminator linear
 . train_cgn TINY --seed 2147483647

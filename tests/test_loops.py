@@ -225,12 +225,16 @@ def test_what_each_step_of_imagenet_does(tmp_path, monkeypatch):
     monkeypatch.setattr(train_cgn, "load_imagenet_networks", load_and_keep)
     flags = "--lr-shape 0.1 --lr-texture 0.2 --lr-background 0.3 --truncation 0.5 --ema 0.15"
     flags += " --accumulate 2 --max-steps 3 --log-every 1 --sample-every 0 --classes 5 7"
+    flags += " --kernels eager"
     args = parsed(train_cgn, tmp_path / "run", *SMALL_IMAGENET, *flags.split())
     monkeypatch.setattr(checkpoints.Training, "save", lambda _: None)
     train_cgn.train_imagenet(args, CPU)
 
     assert rates == [[0.1, 0.2, 0.3]] * 3
     cgn, average = networks
+    for network in networks:
+        backends = {m.kernels for m in network.modules() if hasattr(m, "kernels")}
+        assert backends == {"eager"}
     assert [call[:2] for call in decays] == [(average, cgn)] * 3
     assert [call[2] for call in decays] == pytest.approx([0.1, 0.15, 0.15])
     assert [call[0] for call, _ in iterations] == [cgn] * 3
@@ -586,6 +590,16 @@ def test_digit_classifiers_of_two_seeds_start_from_other_weights(few_digits, tmp
     flags += ["--max-steps", 1, "--seeds", 3, 4]
     train_classifier.classify_digits(parsed(train_classifier, tmp_path / "run", *flags), CPU)
     assert len(starts) == 2 and not torch.equal(*starts)
+
+
+def test_a_metric_that_one_seed_lacks_is_that_of_the_others(tmp_path):
+    """It was trained before there was the metric, and is not trained again when resumed."""
+    flags = ["--dataset", "colored_mnist"]
+    args = parsed(train_classifier, tmp_path / "run", *flags)
+    results = {0: {"train": 1.0, "new": 4.0}, 1: {"train": 2.0}}
+    train_classifier.summarize(args, results)
+    summary = json.loads((tmp_path / "run" / "results.json").read_text())["summary"]
+    assert summary["train"]["mean"] == 1.5 and summary["new"]["mean"] == 4
 
 
 @pytest.mark.parametrize("method", ["plain", "irm", "lnl"])

@@ -281,9 +281,11 @@ def test_streams_of_random_numbers_stay_as_they_are():
 
 def test_the_mean_over_ranks_is_no_sum(monkeypatch):
     monkeypatch.setattr(runs.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(runs.distributed, "get_world_size", lambda: 3)
+    monkeypatch.setattr(runs, "rank_and_world_size", lambda: (0, 3))
     monkeypatch.setattr(runs.distributed, "all_reduce", lambda value: value.mul_(3))
-    assert runs.mean_over_ranks(torch.tensor(5.0)) == 5
+    value = torch.tensor(5.0)
+    assert runs.mean_over_ranks(value) == 5 and runs.sum_over_ranks(value) == 15
+    assert value == 5  # stays as it is
 
 
 def test_float32_is_not_cut_to_tf32(monkeypatch):
@@ -467,6 +469,7 @@ MISTAKES = {
     "batch larger than the data": (f"{DIGITS} --batch-size 601", "--batch-size 601"),
     "negative steps": (f"{COLORED} --max-steps -3", "--max-steps"),
     "negative weight": (f"{COLORED} --border-weight -1", "--border-weight"),
+    "warm-up without its losses": (f"{COLORED} --frame-weight 0 --warmup 9", "--warmup: needs"),
     "weight is not a number": (f"{COLORED} --binary-weight nan", "--binary-weight"),
     "three style weights": (f"{COLORED} --style-weights 1 2 3", "--style-weights"),
     "no such device": (f"{COLORED} --device cuda:77", "--device cuda:77"),

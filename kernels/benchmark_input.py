@@ -150,6 +150,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    device = runs.pick_device("cpu")  # with what the scripts set up there
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -168,7 +169,7 @@ def main():
         f"step, threads: {threads}; two passes, float32 {two_passes:.2f} s; "
         f"one pass {one_pass:.2f} s ({100 * one_pass / two_passes:.0f} %)"
     )
-    if runs.pick_bf16("auto", torch.device("cpu")):
+    if runs.pick_bf16("auto", device):
         half = time_step(separate=False, bf16=True, rounds=args.rounds)
         print(f"bf16, channels last {half:.2f} s ({100 * half / two_passes:.0f} %)")
 

@@ -320,7 +320,7 @@ def load_folder_data(args, device):
     original, test = folders.load_folder(args.data_dir, args.image_size, device)
     counts = original.labels.bincount(minlength=len(original.names))
     args.class_counts = dict(zip(original.names, counts.tolist()))
-    if args.weights:
+    if args.evaluate:
         check_class_names(args.weights, original.names)
     if not len(test):
         raise runs.UserError(

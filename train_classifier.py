@@ -683,6 +683,7 @@ def classify_digits(args, device):
     with runs.claim_folder(args.out, __file__, args.resume):
         load = load_folder_data if args.dataset == "images" else load_digit_data
         data = load(args, device)
+        make_classifier(args, data)  # --arch and --weights are refused before anything is written
         if not args.evaluate:
             args.training_images = count_training_images(args, data)
         checkpoints.check_resumed(args.out, vars(args))

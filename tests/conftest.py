@@ -1,6 +1,7 @@
 """Helpers for all tests: scripts run as a user runs them, and a small MNIST in IDX files."""
 
 import gzip
+import importlib
 import multiprocessing
 import os
 import random
@@ -26,7 +27,8 @@ if not torch.cuda.is_available():
     # The Triton kernels run as Python; to be set before they are imported.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from data.synthetic import synthetic_digits  # noqa: E402  (needs the path above)
+from data import runs  # noqa: E402  (needs the path above)
+from data.synthetic import synthetic_digits  # noqa: E402
 from parallel import pytest_addoption, pytest_runtestloop  # noqa: E402, F401  (hooks of pytest)
 
 
@@ -107,6 +109,28 @@ def contents(folder):
         if isinstance(found[name], dict):
             found[name].pop("args", None)
     return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """Call with words and a command: one line with these words, exit code 2, nothing written."""
+
+    def check(words, script, *flags):
+        out = tmp_path / "out"
+        command = [script, *flags, "--out", out]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        with pytest.raises(SystemExit) as stop:  # in this process, which saves two seconds
+            runs.run_main(importlib.import_module(script.removesuffix(".py")).main)
+        errors = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+        assert stop.value.code == 2 and len(errors) == 1 and words in errors[0]
+        # The folder is free for the next try.
+        assert not out.exists() or {file.name for file in out.iterdir()} <= {".lock"}
+
+    return check
 
 
 # --------------------------------------------------------------------------------------------------

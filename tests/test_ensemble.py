@@ -967,7 +967,7 @@ def test_metrics_reach_tensorboard_if_it_is_there(tmp_path, monkeypatch):
     assert log_lines(tmp_path) == [{"step": 5, "loss": 0.5}]
 
 
-def test_mistakes(miniature, tmp_path, monkeypatch, capsys):
+def test_mistakes(miniature, tmp_path, refused):
     data = ["--data-dir", miniature / "imagenet"]
     for flags, words in (
         ([*data, "--arch", "resnet19"], "not a classifier of torchvision"),
@@ -987,11 +987,4 @@ def test_mistakes(miniature, tmp_path, monkeypatch, capsys):
         ([*data, "--counterfactual", tmp_path / "none"], "none: no such folder"),
         (["--evaluate", "--baseline", "--arch", "deeplabv3_resnet50"], "not a classifier"),
     ):
-        out = tmp_path / "out"
-        command = ["train_classifier.py", *NETWORK, *flags, "--out", out]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
-        with pytest.raises(SystemExit) as stop:
-            runs.run_main(train_classifier.main)
-        assert stop.value.code == 2
-        assert words in capsys.readouterr().err
-        assert not out.exists()
+        refused(words, "train_classifier.py", *NETWORK, *flags)

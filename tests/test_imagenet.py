@@ -664,16 +664,9 @@ def test_full_disk_ends_in_an_error_and_nothing_is_lost(generation, whole, tmp_p
         ("--weights-dir .", "no cgn.pth in ."),
     ],
 )
-def test_wrong_arguments_of_generation(tmp_path, monkeypatch, capsys, flags, words):
+def test_wrong_arguments_of_generation(flags, words, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    command = "generate.py --dataset imagenet --offline --out out".split()
-    monkeypatch.setattr(sys, "argv", [*command, *flags.split()])
-    with pytest.raises(SystemExit, match="2"):
-        runs.run_main(generate.main)
-    message = capsys.readouterr().err
-    assert "error: " in message
-    assert words in message
-    assert not (tmp_path / "out").exists()
+    refused(words, "generate.py", "--dataset", "imagenet", "--offline", *flags.split())
 
 
 def test_interpolation_and_sheet(small_cgn, tmp_path):

@@ -264,11 +264,6 @@ def test_folders_that_hold_something_else(folder, tmp_path):
         ("--shapes drawn", "invalid choice"),
     ],
 )
-def test_wrong_arguments(flags, words, tmp_path, monkeypatch, capsys):
+def test_wrong_arguments(flags, words, refused, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    common = "generate.py --dataset imagenet --offline --out out".split()
-    monkeypatch.setattr(sys, "argv", [*common, *flags.split()])
-    with pytest.raises(SystemExit, match="2"):
-        runs.run_main(generate.main)
-    assert words in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    refused(words, "generate.py", "--dataset", "imagenet", "--offline", *flags.split())

@@ -1178,8 +1178,8 @@ def measure_segmenter(args, segmenter, cgn, data):
 # ==================================================================================================
 # ImageNet
 
-# --preset small: 64 x 64 and a hundredth of the weights. Its cGAN and U^2-Net have learned to draw
-# and to find the objects of drawn scenes, see data/pretrained.
+# --preset small: 64 x 64 and a hundredth of the weights. Its cGAN was trained to draw synthetic
+# scenes, its U^2-Net to find their objects, see data/pretrained.
 SMALL = dict(
     output_dim=64,
     z_dim=32,

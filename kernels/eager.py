@@ -421,8 +421,8 @@ def affine_convolution(x, gain_and_shift, weight, residual=None, *, backend="aut
 
     x: (N, C, H, W). gain_and_shift: (N, 2 C), as for affine_relu. weight: (D, C, 1, 1). residual:
     (N, D or more, H, W), of which the first D channels are added, or (N, D or more, H / 2, W / 2),
-    enlarged to nearest neighbors. The first result is (N, D, H, W), in x's dtype and layout. Who
-    uses x again should take the second result, x itself: its gradient then joins the norm's in the
+    enlarged to nearest neighbors. The first result is (N, D, H, W), in x's dtype and layout. The
+    second is x itself: if x is used again, use this one, whose gradient joins the norm's in the
     same kernel. There is no second derivative.
     ValueError: shapes that do not fit together, or a backend that cannot run.
     """

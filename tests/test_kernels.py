@@ -839,7 +839,6 @@ def test_affine_convolution_keeps_nan():
 
 
 RESIZED = [  # n, channels, height, width, layout
-    (1, 1, 1, 1, "contiguous"),
     (2, 3, 5, 7, "slice"),
     (2, 70, 3, 4, "channels last"),  # two blocks of channels
     (1, 17, 9, 11, "channels last"),  # more than a tile of positions
@@ -890,7 +889,7 @@ def test_enlarge(n, channels, height, width, size, layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, channels, height, width, layout", RESIZED[1:])
+@pytest.mark.parametrize("n, channels, height, width, layout", RESIZED)
 @pytest.mark.parametrize("ceil_mode", [False, True])
 def test_max_pool(n, channels, height, width, layout, ceil_mode, dtype):
     torch.manual_seed(0)
@@ -1102,11 +1101,11 @@ def test_offsets_past_31_bits():
         close(enlarge_backward(far, 2, 3), enlarge_backward(near, 2, 3), 0)
 
 
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs programs one by one")
 def test_same_bits_in_every_run():
     inputs = composite_inputs(3, 33, 40, torch.float32)
     gradients = output_gradients(3, 33, 40)
-    side = 8 if INTERPRETED else 20  # 400 positions are shared by two programs
-    features, target = torch.randn(2, 2, 70, side, side, device=DEVICE)
+    features, target = torch.randn(2, 2, 70, 20, 20, device=DEVICE)  # positions of two programs
     gain_and_shift = torch.randn(2, 140, device=DEVICE)
     weight = torch.randn(30, 70, 1, 1, device=DEVICE)
     convolved = [features, gain_and_shift, weight, target]

@@ -308,6 +308,8 @@ def check_settings(path, before, args, free=FREE):
     which may have moved.
     """
     before = FORMER | before
+    if not (before.get("border_weight", 1) and before.get("frame_weight", 1)):
+        before["warmup"] = 0  # nothing acted in it, whatever older runs say
     for name, value in runs.to_jsonable(args).items():
         if name in free or name not in before or before[name] == value:
             continue

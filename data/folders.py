@@ -193,7 +193,7 @@ def name_hash(path, folder):
 def is_in_tenth(hashes, labels):
     """Which of the files are held out, bool (n,): those of the lowest hashes, about a tenth of each
     class; none of a class of fewer than ten. So training, generation and classification agree, and
-    no file changes sides when others are added.
+    in a class of ten or more no file changes sides when others are added.
     """
     lowest = torch.tensor(hashes) < 0.1
     large = labels.bincount() >= 10
@@ -224,7 +224,13 @@ def print_manifest(folder, training, told):
 def print_unread(folder, top):
     """What lies in a data set's folder and is not read. top: where its training classes lie."""
     unread = collections.Counter()
-    for path in runs.entries(top):
+    others = []
+    entries = runs.entries(top)
+    if top != folder:
+        others = [path for path in runs.entries(folder) if path.name not in ("train", "test")]
+        if (folder / "test").is_dir():
+            entries += runs.entries(folder / "test")
+    for path in entries:
         if not path.is_dir():
             unread["files beside the class folders"] += 1
             continue
@@ -233,9 +239,7 @@ def print_unread(folder, top):
             if ending not in imagenet.ENDINGS:
                 unread[f"files {ending}" if ending else "files without an ending"] += 1
     found = [f"{count} {kind}" for kind, count in unread.items()]
-    if top != folder:
-        others = [path for path in runs.entries(folder) if path.is_dir()]
-        found += [f"{path.name}/" for path in others if path.name not in ("train", "test")]
+    found += [f"{path.name}/" if path.is_dir() else path.name for path in others]
     if found:
         print(f"  not read: {', '.join(found)}")
 

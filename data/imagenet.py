@@ -14,19 +14,19 @@ import math
 import re
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, PngImagePlugin
 from torchvision.transforms import v2
 
 from data import runs
 
 HEADS = ("shape", "texture", "background")  # the three labels of a counterfactual
 ENDINGS = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
 MAX_PIXELS = 90_000_000  # of an image; the largest of ImageNet has 61 million
 MAX_DAMAGED = 20  # images that are skipped before it is an error
 DAMAGED = "damaged, too large or no image; left out"
@@ -37,6 +37,18 @@ MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 IN9_MEAN = (0.4717, 0.4499, 0.3837)
 IN9_STD = (0.2600, 0.2516, 0.2575)
+
+TURNS = {  # EXIF orientation -> what turns an image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; photographs are edited with megabytes of notes
+warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file, and what matters is told
 
 
 # --------------------------------------------------------------------------------------------------
@@ -267,7 +279,7 @@ def come_cropped(paths):
     """Whether images are ready to be seen whole: the first of them are all of 224 x 224 pixels."""
     try:
         return all(Image.open(path).size == (224, 224) for path in paths[:10])
-    except UNREADABLE:
+    except Exception:  # see read_image
         return False
 
 
@@ -421,21 +433,36 @@ def read_image(path, upright=False):
         with Image.open(path) as image:
             if math.prod(image.size) > MAX_PIXELS:  # as its header says, before memory is taken
                 return None
-            if upright:
-                ImageOps.exif_transpose(image, in_place=True)
-            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
-    except UNREADABLE:
+            image.load()  # turns a TIFF by itself
+            turn = turn_of(image) if upright else None
+            image = to_rgb(image)
+    except Exception:  # a damaged file lets Pillow raise a dozen kinds
+        return None
+    if turn is not None:
+        image = image.transpose(turn)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def turn_of(image):
+    """How a PIL image has to be turned by its EXIF orientation. None if not, or if that is
+    damaged: the pixels may be intact.
+    """
+    try:
+        return TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:
         return None
 
 
 def to_rgb(image):
-    """A PIL image in RGB. Alpha is ignored. ValueError for one whose pixels are real numbers."""
+    """A PIL image in RGB. Alpha is ignored. ValueError for pixels of unknown range."""
     if image.mode == "F":
         raise ValueError("its pixels are real numbers, of unknown range")
     if image.mode.startswith("I"):  # gray, of 16 bits
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() >= 2**16:
+            raise ValueError("its pixels have 32 bits, of unknown range")
+        image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if image.mode != "RGB":
-        image.info.pop("transparency", None)  # of which Pillow would warn
         image = image.convert("RGB")
     return image
 

@@ -215,7 +215,7 @@ def read_texture(file):
     try:
         image = imagenet.to_rgb(Image.open(file))
         image = image.resize((TEXTURE_SIZE, TEXTURE_SIZE), Image.Resampling.NEAREST)
-    except imagenet.UNREADABLE as error:
+    except Exception as error:  # see imagenet.read_image
         raise runs.UserError(f"{file}: cannot be read as an image ({error})") from None
     return pil_to_tensor(image)
 

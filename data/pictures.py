@@ -23,7 +23,7 @@ def save_picture(path, image):
     """Write a .png or .jpg, whole or not at all. image: uint8 (1 or 3, H, W)."""
     picture = to_pil(image)
     with runs.atomic(path) as temporary:
-        if path.suffix == ".png":
+        if path.suffix.lower() == ".png":
             picture.save(temporary, format="PNG")
         else:
             picture.save(temporary, format="JPEG", quality=95)
@@ -40,9 +40,15 @@ def to_unit(image):
     return image / 2 + 0.5
 
 
-def to_ascii(text):
-    """A text without accents, and without the letters of other scripts."""
-    return unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+def printable(names):
+    """Names of classes in the letters that the font has: without accents; of a name in another
+    script the number of its class.
+    """
+    shown = []
+    for index, name in enumerate(names):
+        name = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+        shown.append(name.strip() or str(index))
+    return shown
 
 
 def tile_sheet(images, column_titles=(), row_titles=(), scale=3, gap=2):
@@ -52,8 +58,6 @@ def tile_sheet(images, column_titles=(), row_titles=(), scale=3, gap=2):
     the rows. scale: pixels of the sheet for each pixel. gap: pixels between images. Returns uint8
     (3, height, width).
     """
-    # The font has no other letters; of a title in another script, the number of its row is left.
-    row_titles = [to_ascii(title) or str(row) for row, title in enumerate(row_titles)]
     rows, columns, _, height, width = images.shape
     images = images.expand(rows, columns, 3, height, width)
     pixels = images.mul(255).round().clamp(0, 255)
@@ -131,7 +135,8 @@ def mechanism_sheet(cgn):
             columns.append(to_unit(image))
     images = torch.stack(columns, 1)
     titles = ["mask", "foreground", "background", "composite", "counterfact."]
-    rows = [cgn.names[label] for label in y.tolist()]
+    names = printable(cgn.names)
+    rows = [names[label] for label in y.tolist()]
     return tile_sheet(images, 2 * titles, rows, sheet_scale(cgn.size))
 
 
@@ -159,7 +164,8 @@ def segmentation_sheet(cgn, images, masks, labels, count=4):
         columns += [images[index] / 255, as_rgb(mask)]
         columns.append(to_unit(compose(mask, foreground, background)))
     titles = ["image", "mask", "counterfact."]
-    rows = [cgn.names[label] for label in y.tolist()]
+    names = printable(cgn.names)
+    rows = [names[label] for label in y.tolist()]
     return tile_sheet(torch.stack(columns, 1), count * titles, rows, sheet_scale(cgn.size))
 
 
@@ -418,6 +424,7 @@ def explain_images(classifier, images, labels, names, scores, path):
     """
     maps, predictions = heat_maps(classifier, mnist.to_float(images), scores)
     rows = beside_overlays(images / 255, maps)
+    names = printable(names)
     titles = []
     for label, prediction in zip(labels.tolist(), predictions[:, 0].tolist()):
         titles.append(f"{names[label]}\nseen as {names[prediction]}")

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run
-from PIL import Image
+from PIL import Image, ImageOps, PngImagePlugin
+from torchvision.transforms.functional import pil_to_tensor
 
 import train_cgn
 import train_classifier
@@ -318,6 +319,43 @@ def test_photographs_are_turned_upright(tmp_path):
     assert seen[0, :14].min() > 200 and seen[0, 18:].max() < 50
 
 
+@pytest.mark.parametrize("ending", ["jpg", "png", "tif", "webp"])
+def test_all_orientations(ending, tmp_path):
+    image = Image.effect_noise((40, 30), 80).convert("RGB")
+    for orientation in range(10):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image.save(tmp_path / f"a.{ending}", exif=exif)
+        found = imagenet.read_image(tmp_path / f"a.{ending}", upright=True)
+        with Image.open(tmp_path / f"a.{ending}") as saved:
+            upright = ImageOps.exif_transpose(saved).convert("RGB")
+        assert torch.equal(found, pil_to_tensor(upright))
+
+
+def test_an_image_with_odd_tags_is_read(tmp_path):
+    """The second is a number that is said to be a text: Pillow fails to write the tags anew."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    exif[0x0132] = "2026"
+    damaged = exif.tobytes().replace(b"\x01\x32\x00\x02", b"\x01\x19\x00\x02")
+    image = Image.new("RGB", (32, 32))
+    image.paste(RED, (0, 0, 32, 16))
+    image.save(tmp_path / "a.jpg", exif=damaged, quality=95)
+    found = folders.read_square(tmp_path / "a.jpg", 32)
+    assert found[0, :14].max() < 50 and found[0, 18:].min() > 200
+
+
+def test_large_notes_and_pixels_of_32_bits(tmp_path):
+    notes = PngImagePlugin.PngInfo()
+    notes.add_text("notes", "a" * 2**21, zip=True)
+    Image.new("RGB", (32, 32), RED).save(tmp_path / "a.png", pnginfo=notes)
+    assert folders.read_square(tmp_path / "a.png", 32) is not None
+    Image.new("I", (32, 32), 2**20).save(tmp_path / "a.tif")
+    assert folders.read_square(tmp_path / "a.tif", 32) is None
+    Image.new("F", (32, 32), 0.5).save(tmp_path / "a.tif")
+    assert folders.read_square(tmp_path / "a.tif", 32) is None
+
+
 def test_the_middle_square_is_taken(tmp_path):
     image = Image.new("RGB", (96, 32))
     image.paste(RED, (32, 0, 64, 32))
@@ -379,8 +417,10 @@ def test_what_is_not_read_is_told(tmp_path, capsys):
     (tmp_path / "train" / "dog" / "notes").touch()
     save(tmp_path / "train" / "a.png")
     save(tmp_path / "val" / "cat" / "a.png")
+    save(tmp_path / "test" / "cat" / "a.png")
+    (tmp_path / "test" / "cat" / "b.avif").touch()
     folders.load_folder(tmp_path, 32)
-    told = "not read: 1 files .avif, 1 files without an ending, 1 files beside the class folders"
+    told = "not read: 2 files .avif, 1 files without an ending, 1 files beside the class folders"
     found = capsys.readouterr().out.splitlines()[-1]
     parts = set(found.strip().removeprefix("not read: ").split(", "))
     assert parts == {*told.removeprefix("not read: ").split(", "), "val/"}

@@ -241,6 +241,14 @@ def test_a_run_older_than_a_flag_goes_on_as_it_began():
         checkpoints.check_settings("x", {"lr": 0.1}, {"lr": 0.1, "texture_padding": "circular"})
 
 
+def test_an_older_run_without_the_losses_of_the_warm_up_goes_on():
+    """It had none, though its arguments say so."""
+    before = {"warmup": 1000, "border_weight": 0.0, "frame_weight": 10.0}
+    checkpoints.check_settings("x", before, before | {"warmup": 0})
+    with pytest.raises(runs.UserError, match="made with warmup = 1000, not 0"):
+        checkpoints.check_settings("x", before | {"border_weight": 5.0}, {"warmup": 0})
+
+
 def test_what_changes_the_numbers_stays_when_a_run_is_resumed():
     names = "seed batch_size accumulate lr amp style_weights discriminator train augment arch"
     for name in names.split():

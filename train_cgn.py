@@ -868,8 +868,7 @@ def load_training_images(args, device):
     """
     if args.dataset == "images":
         data, _ = folders.load_folder(args.data_dir, args.image_size, device)
-        counts = data.labels.bincount(minlength=len(data.names))
-        args.class_counts = dict(zip(data.names, counts.tolist()))
+        args.class_counts = data.class_counts()
     else:
         data, _ = mnist.load_variant(
             args.dataset,

@@ -318,8 +318,7 @@ def load_folder_data(args, device):
     --test. UserError for missing files.
     """
     original, test = folders.load_folder(args.data_dir, args.image_size, device)
-    counts = original.labels.bincount(minlength=len(original.names))
-    args.class_counts = dict(zip(original.names, counts.tolist()))
+    args.class_counts = original.class_counts()
     if args.evaluate:
         check_class_names(args.weights, original.names)
     if not len(test):

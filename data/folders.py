@@ -45,6 +45,11 @@ class ImageFolder:
     def __len__(self):
         return len(self.labels)
 
+    def class_counts(self):
+        """How many images each class has: name -> number."""
+        counts = self.labels.bincount(minlength=len(self.names))
+        return dict(zip(self.names, counts.tolist()))
+
     def images(self, index, generator=None):
         """The images of `index`, int64 (n,): uint8 (n, 3, S, S). Nothing is drawn at random."""
         return self.pixels.index_select(0, index)
@@ -67,15 +72,15 @@ def load_folder(folder, size, device="cpu"):
     names, paths, labels = find_images(top)
     check_classes(top, names, labels)
     # In random order from the start: the images are not moved in memory again.
-    hashes = [name_hash(path, top) for path in paths]
-    order = sorted(range(len(paths)), key=hashes.__getitem__)
-    paths = [paths[index] for index in order]
+    hashes = torch.tensor([name_hash(path, top) for path in paths], dtype=torch.float64)
+    hashes, order = hashes.sort(stable=True)
+    paths = [paths[index] for index in order.tolist()]
     labels = labels[order]
     if top != folder and (folder / "test").is_dir():
         test = read_test(folder / "test", names, size, device)
         told = f"{len(test)} test images in test/"
     else:
-        held_out = is_in_tenth(sorted(hashes), labels)
+        held_out = is_in_tenth(hashes, labels)
         test = ImageFolder(select(paths, held_out), labels[held_out], names, size, device)
         paths = select(paths, ~held_out)
         labels = labels[~held_out]
@@ -195,9 +200,8 @@ def is_in_tenth(hashes, labels):
     class; none of a class of fewer than ten. So training, generation and classification agree, and
     in a class of ten or more no file changes sides when others are added.
     """
-    lowest = torch.tensor(hashes) < 0.1
     large = labels.bincount() >= 10
-    return lowest & large[labels]
+    return (hashes < 0.1) & large[labels]
 
 
 def select(paths, chosen):
@@ -207,18 +211,18 @@ def select(paths, chosen):
 
 def print_manifest(folder, training, told):
     """What was found: classes and their counts, the twenty smallest if there are more."""
-    names = training.names
-    counts = training.labels.bincount(minlength=len(names)).tolist()
+    counts = training.class_counts()
     print(
-        f"{folder}: {len(training)} training images of {len(names)} classes, at "
+        f"{folder}: {len(training)} training images of {len(counts)} classes, at "
         f"{training.size} x {training.size}; {told}"
     )
-    rows = sorted(zip(counts, names))[:20]
+    rows = sorted((count, name) for name, count in counts.items())[:20]
     width = max(len(name) for _, name in rows)
     for count, name in rows:
         print(f"  {name:<{width}} {count}")
-    if len(names) > len(rows):
-        print(f"  and {len(names) - len(rows)} larger classes of up to {max(counts)}")
+    if len(counts) > len(rows):
+        largest = max(counts.values())
+        print(f"  and {len(counts) - len(rows)} larger classes of up to {largest}")
 
 
 def print_unread(folder, top):

@@ -47,7 +47,7 @@ TURNS = {  # EXIF orientation -> what turns an image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; photographs are edited with megabytes of notes
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # bytes; editors of photographs write more than Pillow's 1 MB
 warnings.filterwarnings("ignore", module=r"PIL\.")  # they name no file, and what matters is told
 
 

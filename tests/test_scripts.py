@@ -416,7 +416,9 @@ def test_presets_are_defaults_and_flags_win(variant):
 def test_warm_up_is_for_new_generators(tmp_path, tiny):
     argv = "--dataset colored_mnist --out x".split()
     for more, steps in (
-        ([], 1000),
+        ([], 500),
+        (["--norm-lr", "2e-3"], 1000),
+        (["--norm-lr", "0"], 1000),
         (["--weights", "x"], 0),
         (["--weights", "x", "--warmup", "7"], 7),
         (["--preset", "published"], 0),
@@ -487,7 +489,7 @@ MISTAKES = {
     "checkpoint missing": (f"{DIGITS} --resume NOWHERE", "no such file"),
     "checkpoint of other settings": (
         f"{DIGITS} --lr 1 --warmup 5 --resume TRAINED/checkpoint.pt",
-        "lr = 0.001",
+        "lr = 0.002",
     ),
     "weights truncated": ("generate.py --weights CUT --out OUT", "CUT"),
     "weights foreign": ("generate.py --weights FOREIGN --out OUT", "FOREIGN"),

@@ -215,8 +215,8 @@ TUNED = {
         style_weights=[0.01, 0.05, 0.0, 0.01],
     ),
 }
-# An object may fill more of a photograph than a digit of its image, which may be larger. Digits take
-# a quarter of the steps in larger batches at twice the rates, and turn out the same.
+# An object may fill more of a photograph than a digit of its image. Photographs may be larger, too:
+# batches as large as those of digits would take too much memory.
 TUNED["images"] = TUNED["wildlife_mnist"] | dict(
     mask_gain=2.0,
     batch_size=32,

@@ -174,9 +174,9 @@ SMALL = " ".join(SMALL_IMAGENET).replace("--offline", "--u2net ROOT/u2net.pth")
 # One run for each mode of each script: between them, everything that can be asked for.
 MODES = {
     "variant": f"{TRAIN} --dataset colored_mnist --data-dir DIGITS --warmup 1 --max-steps 9"
-    " --segmenter-steps 2",
+    " --batch-size 16 --segmenter-steps 2",
     "textures": f"{TRAIN} --dataset wildlife_mnist --data-dir DIGITS --warmup 1 --max-steps 9"
-    " --segmenter-steps 2 --textures ROOT/textures",
+    " --batch-size 16 --segmenter-steps 2 --textures ROOT/textures",
     "folder": f"{TRAIN} --dataset images --data-dir ROOT/folder --batch-size 2 --warmup 1"
     " --max-steps 9 --segmenter-steps 2",
     "imagenet": f"{TRAIN} {SMALL} --max-steps 2 --sample-every 1",

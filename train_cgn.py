@@ -193,7 +193,7 @@ EMBEDDING = 10  # numbers in a class's embedding
 WARMUP = 1000  # at most so many first steps of a new generator learn the background alone
 PENALTY_EVERY = 8  # steps between gradient penalties of the discriminator
 
-# Defaults of --preset tuned: what gave the results in the README.
+# Defaults of --preset tuned in which the data sets differ.
 TUNED = {
     "colored_mnist": dict(
         init="orthogonal",
@@ -215,8 +215,8 @@ TUNED = {
         style_weights=[0.01, 0.05, 0.0, 0.01],
     ),
 }
-# An object may fill more of a photograph than a digit of its image. Photographs may be larger, too:
-# batches as large as those of digits would take too much memory.
+# An object may fill more of a photograph than a digit of its image. A folder may hold few images, or
+# large ones: 128 x 128 takes 2.2 GB in batches of 32, and 5.8 in batches of 128.
 TUNED["images"] = TUNED["wildlife_mnist"] | dict(
     mask_gain=2.0,
     batch_size=32,
@@ -913,8 +913,8 @@ def start_generator(args, data):
 
 
 def count_steps(args, steps_per_epoch):
-    """All steps of the run: so many epochs, and with --dataset images, unless told how many, as
-    many steps as on MNIST at least.
+    """All steps of the run: so many epochs, and with --dataset images, unless told how many, 18,000
+    steps at least, in which their smaller batches show about as many images as MNIST's.
     """
     if args.max_steps is not None:
         return args.max_steps

@@ -215,8 +215,8 @@ TUNED = {
         style_weights=[0.01, 0.05, 0.0, 0.01],
     ),
 }
-# An object may fill more of a photograph than a digit of its image. A folder may hold few images, or
-# large ones: 128 x 128 takes 2.2 GB in batches of 32, and 5.8 in batches of 128.
+# An object may fill more of a photograph than a digit of its image. A folder may hold few images,
+# or large ones: 128 x 128 takes 2.2 GB in batches of 32, and 5.8 in batches of 128.
 TUNED["images"] = TUNED["wildlife_mnist"] | dict(
     mask_gain=2.0,
     batch_size=32,
